@@ -1,0 +1,31 @@
+"""Attention control for diffusion models: every method behind one small interface, on stock diffusers pipelines."""
+
+from importlib.metadata import version
+
+from attnctrl.control import Control, Descent, Loss, Where, Window
+from attnctrl.controls import AStar, AttendExcite, DenseDiffusion, LoCo, Refocus, RegionMask, RegionPrompts
+from attnctrl.errors import ControlError
+from attnctrl.install import share
+from attnctrl.regions import Region
+from attnctrl.run import Run, control
+
+__version__ = version("attnctrl")
+__all__ = [
+    "AStar",
+    "AttendExcite",
+    "Control",
+    "ControlError",
+    "DenseDiffusion",
+    "Descent",
+    "LoCo",
+    "Loss",
+    "Refocus",
+    "Region",
+    "RegionMask",
+    "RegionPrompts",
+    "Run",
+    "Where",
+    "Window",
+    "control",
+    "share",
+]

@@ -1,0 +1,43 @@
+"""Reading and changing the arguments and results of other people's functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
+    """An argument that callers pass by position or by name."""
+    return args[position] if len(args) > position else kwargs[name]
+
+
+def with_argument(
+    args: tuple, kwargs: dict[str, Any], position: int, name: str, value: Any
+) -> tuple[tuple, dict[str, Any]]:
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+def last_rows(tree: Any, rows: int, keep: int) -> Any:
+    """The last `keep` rows of every tensor in a nest of containers whose first axis is the batch of `rows`."""
+    if isinstance(tree, torch.Tensor):
+        return tree[-keep:] if tree.ndim > 0 and tree.shape[0] == rows else tree
+    if isinstance(tree, dict):
+        return {k: last_rows(v, rows, keep) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(last_rows(v, rows, keep) for v in tree)
+    return tree
+
+
+def previous(result: Any) -> torch.Tensor:
+    """The latents in a scheduler's result, whichever of its two forms it has."""
+    return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+def with_previous(result: Any, latents: torch.Tensor) -> Any:
+    if isinstance(result, tuple):
+        return (latents, *result[1:])
+    result.prev_sample = latents
+    return result

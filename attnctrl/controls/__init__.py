@@ -1,0 +1,75 @@
+"""The registry: every method by the name that the command line, the benchmarks and the interfaces use."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, fields
+from typing import Any
+
+from attnctrl.control import Control
+from attnctrl.controls.fidelity.a_star import AStar
+from attnctrl.controls.fidelity.attend_excite import AttendExcite
+from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
+from attnctrl.controls.layout.loco import LoCo
+from attnctrl.controls.layout.refocus import Refocus
+from attnctrl.controls.layout.region_mask import RegionMask
+from attnctrl.controls.layout.region_prompts import RegionPrompts
+from attnctrl.errors import ControlError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its name, its class and the task it belongs to."""
+
+    name: str
+    control: type[Control]
+    task: str
+
+    @property
+    def params(self) -> dict[str, Field]:
+        """The documented parameters, by name; their metadata holds help text, range and choices."""
+        return {f.name: f for f in fields(self.control) if "help" in f.metadata}
+
+    def make(self, *args: Any, **params: Any) -> Control:
+        """The control. Raises ControlError for parameters that the method does not have."""
+        known = {f.name for f in fields(self.control)}
+        unknown = [name for name in params if name not in known]
+        if unknown:
+            raise ControlError(
+                f'method "{self.name}" has no parameter "{unknown[0]}": it has {", ".join(self.params)}, window, where.'
+            )
+        return self.control(*args, **params)
+
+
+REGISTRY = {
+    method.name: method
+    for method in (
+        Method("region-mask", RegionMask, "layout"),
+        Method("region-prompts", RegionPrompts, "layout"),
+        Method("dense-diffusion", DenseDiffusion, "layout"),
+        Method("refocus", Refocus, "layout"),
+        Method("loco", LoCo, "layout"),
+        Method("attend-excite", AttendExcite, "fidelity"),
+        Method("a-star", AStar, "fidelity"),
+    )
+}
+
+
+def method(name: str) -> Method:
+    """The method called `name`. Raises ControlError for unknown names, listing the known ones."""
+    if name not in REGISTRY:
+        raise ControlError(f'method "{name}" is unknown: choose one of {", ".join(REGISTRY)}.')
+    return REGISTRY[name]
+
+
+__all__ = [
+    "REGISTRY",
+    "AStar",
+    "AttendExcite",
+    "DenseDiffusion",
+    "LoCo",
+    "Method",
+    "Refocus",
+    "RegionMask",
+    "RegionPrompts",
+    "method",
+]

@@ -1,0 +1,1 @@
+"""Methods that make every named thing appear, as itself."""

@@ -1,0 +1,62 @@
+"""Attend-and-Excite: every subject must have a pixel that attends to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from attnctrl.control import Control, Descent, Loss, Where, Window, param
+from attnctrl.sampling import Sampling
+from attnctrl.sites import Step
+from attnctrl.stepmaps import StepMaps, blur, phrase_maps, token_shares
+from attnctrl.subjects import Phrases, flat, resolve_phrases
+
+
+def neglect(maps: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """L = max over subjects of (1 - highest attention), the worst subject alone.
+
+    maps: (batch, subjects, latent tokens) in [0, 1]; valid: (batch, subjects) bool. -> (batch,), 0 without subjects.
+    """
+    missing = (1 - maps.amax(dim=-1)).clamp(min=0)
+    return missing.masked_fill(~valid, 0.0).amax(dim=-1)
+
+
+def excited_maps(maps: StepMaps, tokens: torch.Tensor) -> torch.Tensor:
+    """The maps that Attend-and-Excite and its descendants read: word shares, blurred, mean over a phrase's tokens."""
+    probs, grid = maps.mean_cross()
+    return blur(phrase_maps(token_shares(probs), tokens), grid)
+
+
+@dataclass(frozen=True)
+class AttendExcite(Control):
+    """Attend-and-Excite (Chefer et al., SIGGRAPH 2023, arXiv 2301.13826), without its iterative refinement.
+
+    z <- z - scale * sqrt(1 - progress / 2) * dL/dz in the first half of the run, the authors' step-size rule.
+    phrases are the subjects, best their nouns; a phrase of several tokens counts by their mean map.
+    Families: every one with text keys.
+    """
+
+    paper: ClassVar[str] = "arXiv 2301.13826"
+    fixes: ClassVar[str] = "a named subject is missing"
+
+    phrases: Phrases = ()
+    scale: float = param(20.0, "step size at the start", 0, 1000)
+    iterations: int = param(1, "descents per step", 0, 50)
+    window: Window = field(default=Window(0.0, 0.5), kw_only=True)
+    where: Where = field(default=Where(near=256), kw_only=True)
+
+    @property
+    def idle(self) -> bool:
+        return self.window.empty or self.scale == 0 or self.iterations == 0 or not flat(self.phrases)
+
+    def begin(self, sampling: Sampling) -> torch.Tensor:
+        return resolve_phrases(sampling, self.phrases)
+
+    def descent(self, step: Step) -> Descent:
+        return Descent(self.scale * math.sqrt(1 - step.progress / 2), self.iterations)
+
+    def loss(self, maps: StepMaps, step: Step, state: Any) -> Loss:
+        return Loss(neglect(excited_maps(maps, state), state.any(dim=-1)))

@@ -1,0 +1,1 @@
+"""Methods that put objects where regions say."""

@@ -1,0 +1,106 @@
+"""Attention couple: every region has a prompt of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from attnctrl.control import Control, Window, param
+from attnctrl.layout import Regions, resolve
+from attnctrl.sampling import Sampling
+from attnctrl.sites import Call, Grid, Stream
+
+
+def couple_weights(masks: torch.Tensor, weights: torch.Tensor, base_ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The share of each region's attention and of the base prompt's at each pixel; together they are 1.
+
+    masks: (batch, regions, tokens) in [0, 1]; weights: (batch, regions) >= 0. Where the weighted masks sum to more
+    than 1 they are normalised (overlaps share); what they leave uncovered belongs to the base prompt.
+    -> regions (batch, regions, tokens), base (batch, tokens).
+    """
+    weighted = masks * weights[..., None]
+    total = weighted.sum(dim=1, keepdim=True)
+    share = weighted / total.clamp(min=1e-8)
+    covered = masks.amax(dim=1, keepdim=True) * (total > 0)
+    regions = share * covered * (1 - base_ratio)
+    return regions, 1 - regions.sum(dim=1)
+
+
+def feathered(masks: torch.Tensor, grid: Grid, feather: float) -> torch.Tensor:
+    """Gaussian-softened masks. feather: standard deviation as a fraction of the shorter side; 0 changes nothing."""
+    _, height, width = grid
+    sigma = feather * min(height, width)
+    if sigma <= 0:
+        return masks
+
+    def line(count: int) -> torch.Tensor:
+        at = torch.arange(count, device=masks.device, dtype=masks.dtype)
+        kernel = torch.exp(-((at[:, None] - at[None, :]) ** 2) / (2 * sigma**2))
+        return kernel / kernel.sum(dim=1, keepdim=True)
+
+    pictures = masks.unflatten(-1, (-1, height, width))
+    return (line(height) @ pictures @ line(width).T).flatten(-3)
+
+
+@dataclass(frozen=True)
+class RegionPrompts(Control):
+    """Each region attends to its own prompt; the outputs are merged by the masks (attention couple).
+
+    output(p) = base(p) * Attn(q, prompt) + sum_r share_r(p) * Attn(q, prompt_r), as in the attention-couple family
+    (regional prompter's attention mode). The text of a region is `Region.prompt`, else its phrase, which need not
+    stand in the main prompt. Pixels of no region follow the main prompt alone instead of being an error, and
+    overlaps share by `Region.weight`. The main prompt takes part in the regions by `base_ratio`, 0.2 there.
+    Families: every one with separate text keys.
+    """
+
+    paper: ClassVar[str] = "attention couple; regional prompter"
+    fixes: ClassVar[str] = "different descriptions for different parts of the picture"
+
+    regions: Regions = ()
+    base_ratio: float = param(0.2, "share of the main prompt inside the regions; 1 is the stock picture", 0, 1)
+    feather: float = param(0.0, "softness of the region borders, as a fraction of the shorter side", 0, 0.5)
+    window: Window = field(default=Window(0.0, 1.0), kw_only=True)
+
+    @property
+    def idle(self) -> bool:
+        return self.window.empty or self.base_ratio == 1 or not any(self.regions)
+
+    def begin(self, sampling: Sampling) -> Any:
+        layout = resolve(sampling, self.regions, self.where, how="coverage", find=False)
+        most = layout.valid.shape[1]
+        # Prompts with fewer regions repeat their first text, at weight 0.
+        texts = [
+            [(rs[r] if r < len(rs) else rs[0]).text for r in range(most)] if rs else [""] * most
+            for rs in layout.regions
+        ]
+        encoded = sampling.encode([text for row in texts for text in row]).positive
+        contexts = encoded.unflatten(0, (len(texts), most)).repeat_interleave(layout.images, dim=0)
+        weights = torch.zeros(layout.valid.shape, device=sampling.device)
+        for row, p in enumerate(i for i in range(len(layout.regions)) for _ in range(layout.images)):
+            for r, region in enumerate(layout.regions[p]):
+                weights[row, r] = region.weight
+        shares = {}
+        for grid in sampling.grids(self.where):
+            masks = feathered(layout.mask(grid, "coverage"), grid, self.feather)
+            shares[grid] = couple_weights(masks, weights, self.base_ratio)
+        return {"contexts": contexts.to(sampling.dtype), "shares": shares, "keys": {}}
+
+    def inputs(self, call: Call, state: Any) -> Call:
+        assert call.project is not None
+        contexts, keys = state["contexts"], state["keys"]
+        if call.site.name not in keys:
+            # Text does not change during a run: project it once per layer.
+            with torch.no_grad():
+                keys[call.site.name] = [call.project(contexts[:, r]) for r in range(contexts.shape[1])]
+        regions, base = state["shares"][call.queries.grid]
+        dtype = call.query.dtype
+        streams = tuple(
+            Stream(key, value, regions[:, r, :, None][:, None].to(dtype))
+            for r, (key, value) in enumerate(keys[call.site.name])
+        )
+        share = call.base_weight * base[:, None, :, None].to(dtype)
+        # What an earlier control shared out is scaled along, so that all weights still sum to 1.
+        earlier = tuple(Stream(s.key, s.value, s.weight * base[:, None, :, None].to(dtype)) for s in call.streams)
+        return call.change(streams=(*earlier, *streams), base_weight=share)

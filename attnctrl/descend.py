@@ -1,0 +1,127 @@
+"""The loss point: latents are moved down the gradient of the controls' losses before the denoiser sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnctrl.control import Descent
+from attnctrl.errors import ControlError
+from attnctrl.processors.work import StopForward
+from attnctrl.sampling import Active, LossValue, Sampling
+from attnctrl.sites import Call
+from attnctrl.stepmaps import CrossMap, SelfMap, StepMaps
+
+# Half-precision gradients of a loss below 1 would underflow; a power of two changes nothing else.
+HALF_LOSS_SCALE = 1024.0
+
+
+class Reader:
+    """Collects the maps of the sites that the losses read and ends the forward pass after the last one."""
+
+    def __init__(self, names: frozenset[str], stop: bool) -> None:
+        self.names, self.stop = names, stop
+        self.maps = StepMaps()
+        self.closed = False
+
+    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use.
+        if self.closed:
+            return
+        grid = call.queries.grid
+        assert grid is not None
+        if call.site.kind == "self":
+            self.maps.self_[call.site.name] = SelfMap(call.site, grid, call.query, call.key, mask, call.scale)
+        else:
+            assert probs is not None
+            self.maps.cross[call.site.name] = CrossMap(call.site, grid, probs.mean(dim=1))
+        if self.stop and len(self.maps.cross) + len(self.maps.self_) == len(self.names):
+            self.closed = True
+            raise StopForward
+
+
+@dataclass
+class _Member:
+    """One loss in the joint descent: which pictures still take part."""
+
+    active: Active
+    descent: Descent
+    names: set[str]
+    open: torch.Tensor
+
+
+def descend(
+    sampling: Sampling,
+    losses: list[tuple[Active, Descent, set[str]]],
+    sample: torch.Tensor,
+    forward: Callable[[torch.Tensor, Reader], Any],
+    stop: bool,
+) -> torch.Tensor:
+    """The change that the losses make to the conditional rows of the denoiser's input.
+
+    sample: (batch, channels, height, width), latent channels first; conditions may follow and stay as they are.
+    forward: runs the denoiser on a sample while the reader listens. stop: end that pass after the last map read.
+    Returns float32 (batch, latent channels, height, width). All losses share one pass per iteration and move the
+    latents together; each picture stops on its own.
+    """
+    step = sampling.step
+    assert step is not None
+    channels = sampling.latent_channels
+    members = [
+        _Member(active, descent, names, torch.ones(len(sample), dtype=torch.bool, device=sample.device))
+        for active, descent, names in losses
+    ]
+    wanted = frozenset().union(*(m.names for m in members))
+    # A fresh tensor with inference mode off: ComfyUI calls from inside it, where no gradient exists.
+    with torch.inference_mode(False), torch.enable_grad():
+        moved = sample.clone().detach()
+        start = moved[:, :channels].float().clone()
+        for iteration in range(max(m.descent.iterations for m in members)):
+            running = [m for m in members if iteration < m.descent.iterations and bool(m.open.any())]
+            if not running:
+                break
+            leaf = moved.detach().requires_grad_(True)
+            reader = Reader(wanted, stop)
+            with suppress(StopForward):
+                forward(leaf, reader)
+            reader.closed = True
+            total = sum(_weighted(sampling, running, reader.maps, iteration))
+            if not isinstance(total, torch.Tensor) or not total.requires_grad:
+                continue
+            gradient = _gradient(total, leaf, running)
+            moved = moved.detach()
+            moved[:, :channels] -= gradient[:, :channels].to(moved.dtype)
+        return moved[:, :channels].float() - start
+
+
+def _weighted(sampling: Sampling, running: list[_Member], maps: StepMaps, iteration: int) -> Iterator[torch.Tensor]:
+    """Each running loss, summed over the pictures that still take part, times its step size."""
+    step = sampling.step
+    assert step is not None
+    for member in running:
+        control = member.active.control
+        with sampling.report.timed(member.active.index, control.name, "loss", step.index):
+            loss = control.loss(maps.only(member.names), step, member.active.state)
+        values = tuple(float(v) for v in loss.value.detach())
+        sampling.losses.append(LossValue(control.name, step.index, iteration, values))
+        if loss.done is not None:
+            member.open &= ~loss.done.to(member.open.device)
+        chosen = loss.value[member.open]
+        if chosen.numel():
+            yield member.descent.scale * chosen.sum()
+
+
+def _gradient(total: torch.Tensor, leaf: torch.Tensor, running: list[_Member]) -> torch.Tensor:
+    factor = HALF_LOSS_SCALE if leaf.dtype == torch.float16 else 1.0
+    (gradient,) = torch.autograd.grad(total * factor, leaf)
+    gradient = gradient.float() / factor
+    if not torch.isfinite(gradient).all():
+        names = ", ".join(m.active.control.name for m in running)
+        raise ControlError(
+            f"the gradient of {names} is not finite: lower the scale, or run the denoiser in float32 or bfloat16."
+        )
+    return gradient

@@ -1,0 +1,65 @@
+"""The start of a sampling: the pipeline has encoded its prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from attnctrl.errors import ControlError
+from attnctrl.prompt import PromptTokens
+from attnctrl.sampler import Sampler
+from attnctrl.sampling import Sampling
+from attnctrl.text import Text
+
+if TYPE_CHECKING:
+    from attnctrl.run import Run
+
+
+def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs: tuple) -> tuple[Sampler, tuple]:
+    """Open a sampling when the pipeline encodes its prompt; the context point acts on what the encoders returned.
+
+    stock: the pipeline's own `encode_prompt`; arguments: what it was called with.
+    """
+    pipe, family = run.pipe, run.family
+    text = family.text(outputs)
+    images = int(arguments.get("num_images_per_prompt") or 1)
+    first = arguments.get("prompt") if arguments.get("prompt") is not None else run.prompt
+    prompts = None if first is None else [first] if isinstance(first, str) else list(first)
+    count = text.positive.shape[0] // images
+    if prompts is not None and len(prompts) != count:
+        raise ControlError(f"control(prompt=...) names {len(prompts)} prompts for embeddings of {count}.")
+
+    def tokenize() -> list[list[PromptTokens]]:
+        second = arguments.get("prompt_2") or prompts
+        per_encoder = []
+        for name, texts in (("tokenizer", prompts), ("tokenizer_2", second)):
+            tokenizer = getattr(pipe, name, None)
+            if tokenizer is None or texts is None:
+                continue
+            texts = [texts] if isinstance(texts, str) else texts
+            # Textual inversion spreads one word over several tokens; the pipeline does the same before encoding.
+            convert = getattr(pipe, "maybe_convert_prompt", lambda t, _: t)
+            per_encoder.append([PromptTokens.read(tokenizer, convert(t, tokenizer)) for t in texts])
+        return [list(one) for one in zip(*per_encoder, strict=True)]
+
+    def encode(texts: list[str]) -> Text:
+        names = inspect.signature(stock).parameters
+        kept = {n: arguments[n] for n in ("device", "clip_skip", "lora_scale") if n in names}
+        return family.text(stock(prompt=texts, num_images_per_prompt=1, do_classifier_free_guidance=False, **kept))
+
+    sampling = Sampling(
+        prompts=prompts,
+        tokenize=tokenize,
+        images_per_prompt=images,
+        prompt_count=count,
+        guided=bool(arguments.get("do_classifier_free_guidance")),
+        text_tokens=text.positive.shape[1],
+        encode=encode,
+    )
+    edited = text
+    for index, control in enumerate(run.controls):
+        if "context" in control.points() and not control.idle:
+            with sampling.report.timed(index, control.name, "context", 0):
+                edited = control.context(edited, sampling)
+    return Sampler(run, sampling), outputs if edited is text else family.outputs(edited, outputs)

@@ -1,0 +1,29 @@
+"""One file per model family; this table finds the one that fits a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnctrl.errors import ControlError
+from attnctrl.processors.unet import UNetFamily
+
+FAMILIES = (UNetFamily,)
+
+
+def family_of(pipe: Any) -> UNetFamily:
+    """The family of `pipe`. Raises ControlError for models without support."""
+    for family in FAMILIES:
+        if family.fits(pipe):
+            return family(pipe)
+    model = next(
+        (getattr(pipe, n) for n in ("transformer", "unet", "prior") if getattr(pipe, n, None) is not None),
+        None,
+    )
+    raise ControlError(
+        f"{type(pipe).__name__} with {type(model).__name__} is not supported yet: supported are "
+        + "; ".join(family.describes for family in FAMILIES)
+        + "."
+    )
+
+
+__all__ = ["FAMILIES", "family_of"]

@@ -1,0 +1,42 @@
+"""What a processor is asked to do at one site in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from attnctrl.report import Report
+from attnctrl.sampling import Active
+from attnctrl.sites import Call, Grid, Step
+
+
+class StopForward(Exception):
+    """Raised once the last map that a loss reads is recorded: the rest of the forward pass has no reader."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The rows of the denoiser's batch that belong to one guidance branch."""
+
+    name: str
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything a processor needs to know; made by the run for each denoiser call.
+
+    active: the controls that act here now, by branch. observe: takes the call and, at sites with text keys, its
+    probabilities (batch, heads, queries, keys); it may raise StopForward. observed_only: nothing but recording is
+    wanted, so that the stock processor makes the output.
+    """
+
+    step: Step
+    latents: Grid
+    branches: tuple[Branch, ...]
+    active: dict[str, tuple[Active, ...]]
+    report: Report
+    observe: Callable[[Call, torch.Tensor | None, torch.Tensor | None], None] | None = None
+    observed_only: bool = False

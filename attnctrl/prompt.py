@@ -1,0 +1,98 @@
+"""From phrases to token positions, by the tokenizer's own offsets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from attnctrl.errors import ControlError
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """One prompt as one tokenizer sees it.
+
+    spans: for each position of the encoder's input, the (start, end) characters of the prompt, (0, 0) for special
+    tokens. tokens: their texts. limit: how many positions the encoder has. end: position of the end-of-text token.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    limit: int
+    end: int
+
+    @classmethod
+    def read(cls, tokenizer: Any, prompt: str) -> PromptTokens:
+        """Tokenize `prompt` as the pipelines do, without truncating. Raises ControlError for slow tokenizers."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise ControlError(
+                f"{type(tokenizer).__name__} gives no character offsets, so phrases cannot be found in the prompt: "
+                "load its fast form (transformers 5 does so by default)."
+            )
+        encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=False)
+        ids = encoded["input_ids"]
+        tokens = tuple(t.replace("</w>", "") for t in tokenizer.convert_ids_to_tokens(ids))
+        spans = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"])
+        limit = int(tokenizer.model_max_length)
+        return cls(prompt, tokens, spans, limit, min(len(ids), limit) - 1)
+
+    def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
+        """Token positions of each place where `phrase` stands in the prompt as whole words, ignoring case."""
+        words = phrase.split()
+        if not words:
+            raise ControlError("a phrase is empty: name the words of the prompt that the region belongs to.")
+        pattern = r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words) + r"(?!\w)"
+        found = []
+        for match in re.finditer(pattern, self.prompt, flags=re.IGNORECASE):
+            inside = [i for i, (a, b) in enumerate(self.spans) if a < match.end() and b > match.start() and a < b]
+            if inside:
+                found.append(tuple(inside))
+        return found
+
+    def find(self, phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
+        """Positions of the tokens of `phrase`.
+
+        occurrence picks one of several places (0 is the first); None takes them all.
+        Raises ControlError when the phrase is not in the prompt or reaches beyond the encoder's window.
+        """
+        places = self.occurrences(phrase)
+        if not places:
+            raise ControlError(
+                f'the phrase "{phrase}" is not in the prompt "{self.prompt}": use words that stand there in this '
+                f"order; its tokens are {self.listing()}."
+            )
+        if occurrence is not None:
+            if not 0 <= occurrence < len(places):
+                raise ControlError(
+                    f'occurrence {occurrence} of "{phrase}" does not exist: it stands {len(places)} times in the '
+                    f'prompt "{self.prompt}", counted from 0.'
+                )
+            places = [places[occurrence]]
+        positions = tuple(sorted({i for place in places for i in place}))
+        # The last position always belongs to the end-of-text token.
+        if positions[-1] >= self.limit - 1:
+            raise ControlError(
+                f'the phrase "{phrase}" ends at token {positions[-1]}, beyond the text encoder\'s window of '
+                f"{self.limit} tokens: shorten the prompt or move the phrase forward."
+            )
+        return positions
+
+    def listing(self) -> str:
+        """The prompt's own tokens, without the special ones, for messages."""
+        return ", ".join(
+            f"{i}:{token}" for i, (token, (a, b)) in enumerate(zip(self.tokens, self.spans, strict=True)) if a < b
+        )
+
+
+def find_everywhere(prompts: list[PromptTokens], phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
+    """Positions of `phrase` for models with several text encoders side by side (SDXL): their union.
+
+    A phrase must stand in the first prompt; a different second prompt (`prompt_2`) may lack it.
+    """
+    positions = set(prompts[0].find(phrase, occurrence))
+    for other in prompts[1:]:
+        if other.occurrences(phrase):
+            positions.update(other.find(phrase, occurrence))
+    return tuple(sorted(positions))

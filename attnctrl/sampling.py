@@ -1,0 +1,94 @@
+"""`Sampling`: one call of the pipeline under control, from its prompt to its last step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from attnctrl.control import Control, Where
+from attnctrl.errors import ControlError
+from attnctrl.maps import Maps
+from attnctrl.prompt import PromptTokens, find_everywhere
+from attnctrl.report import Report
+from attnctrl.sites import Grid, Site, Step
+from attnctrl.text import Text
+
+RECORD_WHERE = Where(near=256)
+
+
+@dataclass(frozen=True)
+class Active:
+    """A control of the run, its number, its state for this sampling and its points."""
+
+    index: int
+    control: Control
+    state: Any
+    points: frozenset[str]
+
+
+@dataclass(frozen=True)
+class LossValue:
+    """One evaluation of a loss: values holds one number per picture, before the update that follows."""
+
+    control: str
+    step: int
+    iteration: int
+    values: tuple[float, ...]
+
+
+@dataclass
+class Sampling:
+    """What controls may ask about the running pipeline call.
+
+    prompts: one string per prompt, None when the pipeline got embeddings only. text_tokens: positions of the text
+    encoder. guided: whether classifier-free guidance runs. The latent facts are known from the first step on:
+    latent_grid is (frames, height, width), batch counts pictures = prompts * images_per_prompt.
+    """
+
+    prompts: list[str] | None
+    tokenize: Callable[[], list[list[PromptTokens]]]
+    images_per_prompt: int
+    prompt_count: int
+    guided: bool
+    text_tokens: int
+    encode: Callable[[list[str]], Text]
+    sites: list[Site] = field(default_factory=list)
+    latent_grid: Grid = (1, 0, 0)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    finished: bool = False
+    latent_channels: int = 4
+    step: Step | None = None
+    active: list[Active] = field(default_factory=list)
+    by_site: dict[str, list[Active]] = field(default_factory=dict)
+    maps: Maps = field(default_factory=Maps)
+    losses: list[LossValue] = field(default_factory=list)
+    report: Report = field(default_factory=Report)
+    steps_seen: list[Step] = field(default_factory=list)
+
+    @cached_property
+    def tokens(self) -> list[list[PromptTokens]]:
+        """For each prompt, its tokens under each of the model's tokenizers."""
+        return self.tokenize()
+
+    @property
+    def batch(self) -> int:
+        return self.prompt_count * self.images_per_prompt
+
+    def find(self, phrase: str, prompt: int = 0, occurrence: int | None = None) -> tuple[int, ...]:
+        """Token positions of `phrase` in prompt number `prompt`. Raises ControlError when it is not there."""
+        if self.prompts is None:
+            raise ControlError(
+                f'the phrase "{phrase}" cannot be looked up, because the pipeline was given prompt_embeds without a '
+                "prompt: name it with control(pipe, ..., prompt=...)."
+            )
+        return find_everywhere(self.tokens[prompt], phrase, occurrence)
+
+    def grids(self, where: Where) -> list[Grid]:
+        """The distinct latent grids of the sites that `where` selects, finest first."""
+        chosen = {site.grid(self.latent_grid) for site in where.select(self.sites, self.latent_grid)}
+        return sorted(chosen, key=lambda g: -g[0] * g[1] * g[2])

@@ -1,0 +1,46 @@
+"""Phrases tied to one sampling, for methods that take no regions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnctrl.errors import ControlError
+
+if TYPE_CHECKING:
+    from attnctrl.sampling import Sampling
+
+Phrases = Sequence[str] | Sequence[Sequence[str]]
+"""One list for every prompt, or one list per prompt."""
+
+
+def flat(phrases: Phrases) -> list[str]:
+    """Every phrase, in order, once each."""
+    return list(dict.fromkeys(p for item in phrases for p in ([item] if isinstance(item, str) else item)))
+
+
+def resolve_phrases(sampling: Sampling, phrases: Phrases) -> torch.Tensor:
+    """(batch, phrases, text tokens) bool; prompts with fewer phrases are padded with empty rows.
+
+    Raises ControlError when a phrase is not in its prompt or the lists do not match the prompts.
+    """
+    if isinstance(phrases, str):
+        raise ControlError(f'phrases is one string ("{phrases}"): give a list of phrases.')
+    shared = [p for p in phrases if isinstance(p, str)]
+    lists = [[*p] for p in phrases if not isinstance(p, str)]
+    if shared and lists:
+        raise ControlError("phrases mix single phrases and lists: give one list, or one list per prompt.")
+    if shared:
+        lists = [shared] * sampling.prompt_count
+    if len(lists) != sampling.prompt_count:
+        raise ControlError(
+            f"there are {len(lists)} lists of phrases for {sampling.prompt_count} prompts: give one list for all, or "
+            "one per prompt."
+        )
+    rows = torch.zeros(len(lists), max(map(len, lists)), sampling.text_tokens, dtype=torch.bool)
+    for p, names in enumerate(lists):
+        for i, phrase in enumerate(names):
+            rows[p, i, list(sampling.find(phrase, p))] = True
+    return rows.to(sampling.device).repeat_interleave(sampling.images_per_prompt, dim=0)
