@@ -20,6 +20,20 @@ def with_argument(
     return args, {**kwargs, name: value}
 
 
+def ordinary(tree: Any) -> Any:
+    """The same nest of containers with inference-mode tensors replaced by copies that autograd may save."""
+    if isinstance(tree, torch.Tensor):
+        if not tree.is_inference():
+            return tree
+        with torch.inference_mode(False):
+            return tree.clone()
+    if isinstance(tree, dict):
+        return {k: ordinary(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(ordinary(v) for v in tree)
+    return tree
+
+
 def last_rows(tree: Any, rows: int, keep: int) -> Any:
     """The last `keep` rows of every tensor in a nest of containers whose first axis is the batch of `rows`."""
     if isinstance(tree, torch.Tensor):

@@ -1,8 +1,13 @@
-"""Controls inside torch.compile: masks are made beforehand and handed in as tensors, no Python state is touched."""
+"""Controls inside torch.compile: masks are made beforehand and handed in as tensors, no Python state is touched.
+
+A module compiled in place (`module.compile()`) has its hooks traced with it, and our hooks are Python. So we do not
+hook such a module but stand around its compiled call, which torch keeps in an attribute of the module.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +18,29 @@ from attnctrl.sites import Step
 
 if TYPE_CHECKING:
     from attnctrl.sampler import Sampler
+
+
+CALL = "_compiled_call_impl"
+
+
+def compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return getattr(module, CALL, None) is not None
+
+
+def enclose(module: torch.nn.Module, around: Callable[[Callable, tuple, dict[str, Any]], Any]) -> Callable[[], None]:
+    """Have `around(call, args, kwargs)` run in place of a compiled call, outside the graph; returns the undoing."""
+    call = getattr(module, CALL)
+
+    def enclosed(*args: Any, **kwargs: Any) -> Any:
+        return around(call, args, kwargs)
+
+    def undo() -> None:
+        if getattr(module, CALL, None) is enclosed:
+            setattr(module, CALL, call)
+
+    setattr(module, CALL, enclosed)
+    return undo
 
 
 def site_masks(sampler: Sampler, step: Step) -> dict[str, torch.Tensor]:

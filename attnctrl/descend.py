@@ -16,8 +16,8 @@ from attnctrl.sampling import Active, LossValue, Sampling
 from attnctrl.sites import Call
 from attnctrl.stepmaps import CrossMap, SelfMap, StepMaps
 
-# Half-precision gradients of a loss below 1 would underflow; a power of two changes nothing else.
-HALF_LOSS_SCALE = 1024.0
+# Gradients in float16 underflow for a loss below 1 and overflow for steep ones; a power of two changes nothing else.
+HALF_LOSS_SCALES = (1024.0, 1.0, 1 / 1024)
 
 
 class Reader:
@@ -71,13 +71,13 @@ def descend(
     step = sampling.step
     assert step is not None
     channels = sampling.latent_channels
-    members = [
-        _Member(active, descent, names, torch.ones(len(sample), dtype=torch.bool, device=sample.device))
-        for active, descent, names in losses
-    ]
-    wanted = frozenset().union(*(m.names for m in members))
-    # A fresh tensor with inference mode off: ComfyUI calls from inside it, where no gradient exists.
+    wanted = frozenset().union(*(names for _, _, names in losses))
+    # Fresh tensors with inference mode off: ComfyUI calls from inside it, where no gradient exists.
     with torch.inference_mode(False), torch.enable_grad():
+        members = [
+            _Member(active, descent, names, torch.ones(len(sample), dtype=torch.bool, device=sample.device))
+            for active, descent, names in losses
+        ]
         moved = sample.clone().detach()
         start = moved[:, :channels].float().clone()
         for iteration in range(max(m.descent.iterations for m in members)):
@@ -93,6 +93,7 @@ def descend(
             if not isinstance(total, torch.Tensor) or not total.requires_grad:
                 continue
             gradient = _gradient(total, leaf, running)
+            del total  # and with it the graph, before the next pass builds its own
             moved = moved.detach()
             moved[:, :channels] -= gradient[:, :channels].to(moved.dtype)
         return moved[:, :channels].float() - start
@@ -116,12 +117,13 @@ def _weighted(sampling: Sampling, running: list[_Member], maps: StepMaps, iterat
 
 
 def _gradient(total: torch.Tensor, leaf: torch.Tensor, running: list[_Member]) -> torch.Tensor:
-    factor = HALF_LOSS_SCALE if leaf.dtype == torch.float16 else 1.0
-    (gradient,) = torch.autograd.grad(total * factor, leaf)
-    gradient = gradient.float() / factor
-    if not torch.isfinite(gradient).all():
-        names = ", ".join(m.active.control.name for m in running)
-        raise ControlError(
-            f"the gradient of {names} is not finite: lower the scale, or run the denoiser in float32 or bfloat16."
-        )
-    return gradient
+    factors = HALF_LOSS_SCALES if leaf.dtype == torch.float16 else (1.0,)
+    for factor in factors:
+        (gradient,) = torch.autograd.grad(total * factor, leaf, retain_graph=factor != factors[-1])
+        gradient = gradient.float() / factor
+        if torch.isfinite(gradient).all():
+            return gradient
+    names = ", ".join(m.active.control.name for m in running)
+    raise ControlError(
+        f"the gradient of {names} is not finite: lower the scale, or run the denoiser in float32 or bfloat16."
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from attnctrl.compiled import compiled_in_place, enclose
 from attnctrl.errors import ControlError
 from attnctrl.processors.work import Work
 from attnctrl.sites import Site
@@ -30,14 +32,11 @@ class Installation:
         self.placed: list[tuple[Any, Any, Any]] = []
         self.sites: list[Site] = []
         self.foreign: dict[str, str] = {}
-        self.handles: list[Any] = []
+        self.undo: list[Callable[[], None]] = []
 
     def current(self) -> Run | None:
-        """The innermost run of this thread that is in the middle of a sampling on this model."""
-        for run in reversed(RUNS.get()):
-            if run.installation is self and run.sampling is not None and not run.sampling.finished:
-                return run
-        return None
+        """The run of this thread that is in the middle of a sampling on this model."""
+        return latest(run for run in RUNS.get() if run.installation is self)
 
     def work(self, site: Site) -> Work | None:
         """What the processor of `site` has to do now; None for the stock attention."""
@@ -55,26 +54,45 @@ class Installation:
             module.set_processor(ours)
             self.placed.append((module, ours, stock))
         outer: torch.nn.Module = self.family.outer
-        self.handles = [
-            outer.register_forward_pre_hook(self._before, with_kwargs=True),
-            outer.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        if compiled_in_place(outer):
+            self.undo.append(enclose(outer, self._around))
+        else:
+            self.undo.append(outer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            self.undo.append(outer.register_forward_hook(self._after, with_kwargs=True).remove)
+        for block, around in self.family.compiled_blocks():
+            self.undo.append(enclose(block, around))
 
     def remove(self) -> None:
         for module, ours, stock in self.placed:
             # Someone who exchanged the processor inside the block wants theirs to stay.
             if module.processor is ours:
                 module.set_processor(stock)
-        for handle in self.handles:
-            handle.remove()
+        for undo in self.undo:
+            undo()
 
-    def _before(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before(self, module: Any, args: tuple, *rest: Any) -> tuple[tuple, dict] | None:
         run = self.current()
-        return None if run is None else run.before_denoiser(args, kwargs)
+        return None if run is None else run.before_denoiser(args, *rest)
 
-    def _after(self, module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _after(self, module: Any, args: tuple, *rest: Any) -> Any:
         run = self.current()
-        return None if run is None else run.after_denoiser(args, kwargs, output)
+        if run is None:
+            # Without kwargs, too: torch forgets that we asked for them when another thread removes us mid-call.
+            return None
+        kwargs, output = rest
+        return run.after_denoiser(args, kwargs, output)
+
+    def _around(self, call: Callable, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = self._before(None, args, kwargs) or (args, kwargs)
+        output = call(*args, **kwargs)
+        changed = self._after(None, args, kwargs, output)
+        return output if changed is None else changed
+
+
+def latest(runs: Iterable[Run]) -> Run | None:
+    """The one of `runs` that began a sampling last and has not finished it: the one that is sampling now."""
+    busy = [run for run in runs if run.sampling is not None and not run.sampling.finished]
+    return max(busy, key=lambda run: run.sampling.begun if run.sampling else -1, default=None)
 
 
 def acquire(family: Any) -> Installation:
@@ -111,7 +129,8 @@ def share(pipe: Any) -> Any:
     Schedulers keep a step index and fast tokenizers a truncation state, so two threads must not use one of either.
     Raises ControlError when `pipe` is under control at the moment.
     """
-    if any(run.pipe is pipe for run in RUNS.get()):
+    # Asked of the objects, not of this thread's runs: another thread may have the pipe under control.
+    if any(hasattr(method, "attnctrl_run") for method in (pipe.encode_prompt, pipe.scheduler.step)):
         raise ControlError("share(pipe) was called inside a control block of that pipe: call it before entering.")
     light = copy.copy(pipe)
     light.scheduler = copy.deepcopy(pipe.scheduler)

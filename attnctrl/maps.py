@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from PIL import Image
 
+from attnctrl.pictures import heat_map
 from attnctrl.sites import Grid
-
-# Control points of a dark-to-bright colour ramp (position, red, green, blue).
-RAMP = ((0.0, 13, 8, 60), (0.35, 126, 3, 168), (0.65, 225, 100, 60), (1.0, 252, 250, 160))
 
 
 @dataclass
@@ -64,25 +60,3 @@ class Maps:
         """The heat map of `phrase` laid over the generated picture; strength in [0, 1]."""
         heat = self.picture(phrase, image, picture.size)
         return Image.blend(picture.convert("RGB"), heat, strength)
-
-
-def heat_map(values: torch.Tensor, size: tuple[int, int]) -> Image.Image:
-    """A (height, width) tensor as a coloured picture of `size` (width, height); constant maps come out dark."""
-    low, high = float(values.min()), float(values.max())
-    unit = (values - low) / (high - low) if high > low else torch.zeros_like(values)
-    grey = Image.fromarray((unit.numpy() * 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    position = np.asarray(grey, dtype=np.float32) / 255
-    stops = np.array(RAMP)
-    channels = [np.interp(position, stops[:, 0], stops[:, c]) for c in (1, 2, 3)]
-    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
-
-
-def contact_sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
-    """Pictures of one size on a white sheet, row by row."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for i, picture in enumerate(pictures):
-        row, column = divmod(i, columns)
-        sheet.paste(picture.convert("RGB"), (gap + column * (width + gap), gap + row * (height + gap)))
-    return sheet

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from attnctrl.control import ATTENTION_POINTS, Control
 from attnctrl.errors import ControlError
-from attnctrl.install import RUNS, Installation, acquire, release
+from attnctrl.install import RUNS, Installation, acquire, latest, release
 from attnctrl.maps import Maps
 from attnctrl.opening import open_sampling
 from attnctrl.processors import family_of
@@ -45,7 +44,6 @@ class Run:
         self.samplings: list[Sampling] = []
         self.installation: Installation | None = None
         self.sampler: Sampler | None = None
-        self.thread = threading.get_ident()
         self._shadowed: list[tuple[Any, str, bool, Any]] = []
         check_together(self.controls)
 
@@ -74,7 +72,7 @@ class Run:
         self.installation = acquire(self.family)
         self._refuse_foreign()
         self._shadow(self.pipe, "encode_prompt", self._encode_prompt)
-        self._shadow(self.pipe.scheduler, "step", self._step)
+        self._shadow_step()
 
     def detach(self) -> None:
         for owner, name, had, before in reversed(self._shadowed):
@@ -91,15 +89,14 @@ class Run:
         had = name in owner.__dict__
         before = getattr(owner, name)
         holder = getattr(before, "attnctrl_run", None)
-        if holder is not None and holder.thread != self.thread:
-            raise ControlError(
-                "this pipeline object is under control in another thread: give each thread its own with share(pipe)."
-            )
+        if holder is not None:
+            _check_thread(holder)
         stock = getattr(before, "attnctrl_stock", before)
 
         # wraps keeps the signature visible: pipelines inspect `step` to decide whether to pass generator and eta.
         @functools.wraps(stock)
         def shadow(*args: Any, **kwargs: Any) -> Any:
+            _check_thread(self)
             return replacement(stock, *args, **kwargs)
 
         shadow.attnctrl_stock = stock  # type: ignore[attr-defined]
@@ -124,8 +121,7 @@ class Run:
 
     # the doors into a stock pipeline ------------------------------------------------------------------------
     def _encode_prompt(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
-        if not self._attached_to(self.pipe.scheduler):
-            self._shadow(self.pipe.scheduler, "step", self._step)
+        self._shadow_step()
         arguments = inspect.signature(stock).bind(*args, **kwargs)
         arguments.apply_defaults()
         outputs = stock(*args, **kwargs)
@@ -133,13 +129,18 @@ class Run:
         self.samplings.append(self.sampler.sampling)
         return outputs
 
-    def _attached_to(self, owner: Any) -> bool:
-        return any(o is owner for o, *_ in self._shadowed)
+    def _shadow_step(self) -> None:
+        """Stand before the step of the pipeline's scheduler, which users exchange between two calls."""
+        scheduler = self.pipe.scheduler
+        if not any(owner is scheduler for owner, *_ in self._shadowed):
+            self._shadow(scheduler, "step", functools.partial(self._step, scheduler))
 
-    def _step(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
-        if self.sampler is None or self.sampler.sampling.finished:
+    def _step(self, scheduler: Any, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        # Two pipelines may share one scheduler object; the run that shadowed it last need not be the one sampling.
+        run = latest(run for run in RUNS.get() if run.sampler is not None and run.sampler.scheduler is scheduler)
+        if run is None or run.sampler is None or run.sampler.idle:
             return stock(*args, **kwargs)
-        return self.sampler.scheduler_step(stock, args, kwargs)
+        return run.sampler.scheduler_step(stock, args, kwargs)
 
     def before_denoiser(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         return self.sampler.before_denoiser(args, kwargs) if self.sampler else None
@@ -161,6 +162,14 @@ class Run:
             raise ControlError(f"{control.name} acted nowhere: {_why_not(control, done[-1])}")
 
 
+def _check_thread(run: Run) -> None:
+    if run not in RUNS.get():
+        raise ControlError(
+            "this pipeline object is under control in another thread: give each thread its own with share(pipe), and "
+            "enter control() in the thread that calls it."
+        )
+
+
 def _why_not(control: Control, sampling: Sampling) -> str:
     window, seen = control.window, [s.progress for s in sampling.steps_seen]
     if not any(p in window for p in seen):
@@ -172,6 +181,8 @@ def _why_not(control: Control, sampling: Sampling) -> str:
         return "it implements no point that this pipeline calls."
     if not control.where.select(sampling.sites, sampling.latent_grid):
         return f"{control.where} selects none of the {len(sampling.sites)} attention sites."
+    if "loss" in control.points():
+        return "its `descent` asked for nothing in the steps that ran."
     return "the run has no guidance branch of those it acts on (" + ", ".join(control.branches) + ")."
 
 

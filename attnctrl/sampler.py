@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnctrl.calls import argument, last_rows, previous, with_argument, with_previous
+from attnctrl.calls import argument, last_rows, ordinary, previous, with_argument, with_previous
+from attnctrl.change import Change
 from attnctrl.compiled import site_masks
 from attnctrl.control import ATTENTION_POINTS
 from attnctrl.descend import Reader, descend
 from attnctrl.errors import ControlError
 from attnctrl.guidance import Prediction
-from attnctrl.processors.work import Branch, Work
-from attnctrl.recording import Recorder
+from attnctrl.processors.work import Branch, Work, branches_of
+from attnctrl.recording import Recorder, wants_record
 from attnctrl.sampling import Active, Sampling
+from attnctrl.schedule import Schedule
 from attnctrl.sites import Site, Step
 
 if TYPE_CHECKING:
@@ -29,38 +31,42 @@ class Sampler:
     def __init__(self, run: Run, sampling: Sampling) -> None:
         self.run, self.sampling, self.family = run, sampling, run.family
         self.scheduler = run.pipe.scheduler
+        self.schedule = Schedule(self.scheduler)
         self.started = False
         self.steps_done = 0
         self.edited = -1
-        self.delta: torch.Tensor | None = None
+        self.change = Change()
         self.recorder: Recorder | None = None
         self.reader: Reader | None = None
         self.inner = False
         self.silent = False
         self.rows = 0
+        # With nothing to do and nothing to record the hooks and processors pass everything by.
+        self.idle = all(c.idle for c in run.controls) and not wants_record(run.controls, run.record)
 
     # the denoiser's call -------------------------------------------------------------------------------------
     def before_denoiser(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook: starts the sampling, runs the noise and loss points once per step, hands on the new latents."""
-        if self.inner:
+        if self.inner or self.idle:
             return None
         sample, timestep = argument(args, kwargs, 0, "sample"), argument(args, kwargs, 1, "timestep")
         self.rows = sample.shape[0]
-        self._check_rows()
-        step = self._step(timestep)
-        self.sampling.step = step
+        self.branches()  # raises for batches that we do not understand
         if self.edited != self.steps_done:
-            self.edited, self.delta = self.steps_done, None
-            self.sampling.steps_seen.append(step)
+            self.edited = self.steps_done
+            self.change.clear()
+            self.sampling.step = self.schedule.step(timestep, self.sampling.steps_seen)
+            self.sampling.steps_seen.append(self.sampling.step)
             if not self.started:
                 self._start(sample)
                 self._edit_noise(sample)
-            self._descend(args, kwargs, self._moved(sample), step)
-        changed = self._moved(sample)
+            self._descend(args, kwargs, self.change.of_input(sample), self.sampling.step)
+        changed = self.change.of_input(sample)
         if changed is not sample:
             args, kwargs = with_argument(args, kwargs, 0, "sample", changed)
         if self.family.compiled:
-            masks = site_masks(self, step)
+            assert self.sampling.step is not None
+            masks = site_masks(self, self.sampling.step)
             if masks:
                 kwargs = self.family.with_masks(kwargs, masks)
         return args, kwargs
@@ -97,13 +103,13 @@ class Sampler:
 
     def scheduler_step(self, stock: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The scheduler's step: receives the same change as the denoiser did; then the latents point."""
-        if self.delta is not None:
+        if self.change.delta is not None:
             sample = argument(args, kwargs, 2, "sample")
-            moved = (sample.float() + self.delta.to(sample.device) / self._input_scale()).to(sample.dtype)
+            moved = self.change.of_latents(sample, self.schedule.input_scale(self.sampling.step))
             args, kwargs = with_argument(args, kwargs, 2, "sample", moved)
         result = stock(*args, **kwargs)
         self.steps_done += 1
-        self.delta = None
+        self.change.clear()
         step = self.sampling.step
         if step is not None:
             for one in self._active("latents", step):
@@ -117,10 +123,8 @@ class Sampler:
     # what processors ask -------------------------------------------------------------------------------------
     def branches(self) -> tuple[Branch, ...]:
         """The guidance branches of the batch that the denoiser is given now."""
-        count = self.sampling.batch
-        if self.reader is not None or self.rows == count:
-            return (Branch("cond", slice(0, count)),)
-        return Branch("uncond", slice(0, count)), Branch("cond", slice(count, 2 * count))
+        pictures = self.sampling.batch
+        return branches_of(self.rows if self.reader is None else pictures, pictures)
 
     def work(self, site: Site) -> Work | None:
         """What the processor of `site` has to do in this call; None for the stock attention."""
@@ -162,19 +166,18 @@ class Sampler:
         for index, control in enumerate(self.run.controls):
             if control.idle:
                 continue
-            active = Active(index, control, control.begin(sampling), frozenset(control.points()))
+            # States outlive this step and reach losses, which cannot use tensors made in a caller's inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                state = control.begin(sampling)
+            active = Active(index, control, state, frozenset(control.points()))
             sampling.active.append(active)
             if active.points & set(ATTENTION_POINTS):
                 for site in control.where.select(sampling.sites, sampling.latent_grid):
                     sampling.by_site.setdefault(site.name, []).append(active)
         if not self.family.compiled:
-            self.recorder = Recorder.make(sampling, self.run.controls, self.run.record, set(installation.foreign))
-
-    def _step(self, timestep: Any) -> Step:
-        value = float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
-        schedule = [float(t) for t in self.scheduler.timesteps]
-        index = schedule.index(value) if value in schedule else min(self.steps_done, len(schedule) - 1)
-        return Step(index, len(schedule), value, value / float(self.scheduler.config.num_train_timesteps))
+            self.recorder = Recorder.make(sampling, self.run.controls, self.run.record, installation.foreign)
+        elif self.run.record and self.run.record is not True:
+            raise ControlError("maps cannot be recorded under torch.compile: record them on the uncompiled pipeline.")
 
     def _active(self, point: str, step: Step) -> list[Active]:
         return [a for a in self.sampling.active if point in a.points and step.progress in a.control.window]
@@ -184,11 +187,12 @@ class Sampler:
             step = self.sampling.step
             assert step is not None
             # The sampler's latents are noise times init_noise_sigma, the denoiser's input those times its scale.
-            factor = self._input_scale() * float(self.scheduler.init_noise_sigma)
-            start = self._moved(sample)[self.branches()[-1].rows, : self.sampling.latent_channels].float()
+            factor = self.schedule.input_scale(step) * float(self.scheduler.init_noise_sigma)
+            start = self.change.of_input(sample)[self.branches()[-1].rows, : self.sampling.latent_channels].float() / factor
             with self.sampling.report.timed(one.index, one.control.name, "noise", step.index):
-                wanted = one.control.noise(start / factor, self.sampling, one.state) * factor
-            self._add(wanted - start)
+                wanted = one.control.noise(start, self.sampling, one.state)
+            # The difference before the factor: noise handed back unchanged must change nothing, rounding included.
+            self.change.add((wanted - start) * factor)
 
     def _descend(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor, step: Step) -> None:
         # The second evaluation of a second-order scheduler ignores the sample it is given.
@@ -205,16 +209,23 @@ class Sampler:
         if self.family.compiled:
             raise ControlError(f"{losses[0][0].control.name} needs gradients: use the pipeline without torch.compile.")
 
+        checkpointed = self.family.checkpointed
+        # A caller's inference mode left tensors that autograd must not save.
+        args, kwargs = ordinary((args, kwargs))
+        if checkpointed:
+            kwargs = self.family.with_source(kwargs, self)
+
         def forward(leaf: torch.Tensor, reader: Reader) -> None:
             self.reader = reader
-            try:
-                with self._inside():
-                    self._forward(args, kwargs, leaf, None)
-            finally:
-                self.reader = None
+            self._forward(args, kwargs, leaf, None)
 
         cond = sample[self.branches()[-1].rows]
-        self._add(descend(self.sampling, losses, cond, forward, stop=not self.family.checkpointed))
+        try:
+            # Until the gradients are taken: checkpointing runs layers again in the backward pass.
+            with self._inside():
+                self.change.add(descend(self.sampling, losses, cond, forward, stop=not checkpointed))
+        finally:
+            self.reader = None
 
     def _forward(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor | None, context: Any) -> Any:
         """The denoiser once more on the conditional rows alone."""
@@ -234,32 +245,3 @@ class Sampler:
             yield
         finally:
             self.inner, self.silent = False, False
-
-    def _add(self, delta: torch.Tensor) -> None:
-        if bool((delta != 0).any()):
-            self.delta = delta if self.delta is None else self.delta + delta
-
-    def _moved(self, sample: torch.Tensor) -> torch.Tensor:
-        """The denoiser's input with this step's change in every branch; the very same tensor without a change."""
-        if self.delta is None:
-            return sample
-        moved = sample.clone()
-        channels = self.sampling.latent_channels
-        repeat = self.rows // self.sampling.batch
-        moved[:, :channels] += self.delta.to(sample.dtype).repeat(repeat, 1, 1, 1)
-        return moved
-
-    def _input_scale(self) -> float:
-        """What `scale_model_input` multiplies the latents by at this step."""
-        if self.sampling.step is None or not hasattr(self.scheduler, "scale_model_input"):
-            return 1.0
-        timestep = self.scheduler.timesteps[self.sampling.step.index]
-        return float(self.scheduler.scale_model_input(torch.ones(1), timestep))
-
-    def _check_rows(self) -> None:
-        count = self.sampling.batch
-        if self.rows not in (count, 2 * count):
-            raise ControlError(
-                f"the denoiser got a batch of {self.rows} for {count} pictures: attnctrl knows pipelines that run the "
-                "conditional rows alone or after as many unconditional ones."
-            )

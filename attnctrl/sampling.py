@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from attnctrl.sites import Grid, Site, Step
 from attnctrl.text import Text
 
 RECORD_WHERE = Where(near=256)
+_BEGUN = count()
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Sampling:
 
     prompts: one string per prompt, None when the pipeline got embeddings only. text_tokens: positions of the text
     encoder. guided: whether classifier-free guidance runs. The latent facts are known from the first step on:
-    latent_grid is (frames, height, width), batch counts pictures = prompts * images_per_prompt.
+    latent_grid is (frames, height, width), batch counts pictures = prompts * images_per_prompt. begun orders the
+    samplings of a process.
     """
 
     prompts: list[str] | None
@@ -69,6 +72,7 @@ class Sampling:
     losses: list[LossValue] = field(default_factory=list)
     report: Report = field(default_factory=Report)
     steps_seen: list[Step] = field(default_factory=list)
+    begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property
     def tokens(self) -> list[list[PromptTokens]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
+from attnctrl.compiled import compiled_in_place
 from attnctrl.processors.attend import attend, observe_only
 from attnctrl.processors.classic import Layer, masked_layer, prepared_mask, rows_of
 from attnctrl.processors.work import Branch, Work
@@ -23,7 +27,8 @@ from attnctrl.text import Text
 
 # These compute the same function of the layer's weights; anything else (IP-Adapter's, PAG's) does more than that.
 PLAIN = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
-MASKS = "attnctrl_masks"
+# The names under which the run hands things through `cross_attention_kwargs`.
+MASKS, BLOCK_MASKS, SOURCE = "attnctrl_masks", "attnctrl_block_masks", "attnctrl_source"
 
 
 class UNetProcessor:
@@ -37,7 +42,7 @@ class UNetProcessor:
         self.site = site
         self.owner = owner
 
-    # The signature is the stock one plus our keyword: Attention.forward drops what it does not find named here.
+    # The signature is the stock one plus our keywords: Attention.forward drops what it does not find named here.
     def __call__(
         self,
         attn: Attention,
@@ -47,14 +52,21 @@ class UNetProcessor:
         temb: torch.Tensor | None = None,
         *args: Any,
         attnctrl_masks: dict[str, torch.Tensor] | None = None,
+        attnctrl_block_masks: dict[str, torch.Tensor] | None = None,
+        attnctrl_source: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            mask = None if attnctrl_masks is None else attnctrl_masks.get(self.site.name)
+            mask = None
+            if attnctrl_block_masks is not None:
+                # A block compiled on its own shares its graph with its like: the site's name would be a constant of it.
+                mask = attnctrl_block_masks.get(self.site.kind)
+            elif attnctrl_masks is not None:
+                mask = attnctrl_masks.get(self.site.name)
             if mask is None:
                 return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
             return masked_layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb, mask)
-        work: Work | None = self.owner.work(self.site)
+        work: Work | None = (attnctrl_source or self.owner).work(self.site)
         if work is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         if work.observed_only:
@@ -110,12 +122,10 @@ class UNetFamily:
     def fits(pipe: Any) -> bool:
         return isinstance(_uncompiled(getattr(pipe, "unet", None)), UNet2DConditionModel)
 
-    @property
+    @cached_property
     def compiled(self) -> bool:
         """Whether any part of the denoiser runs under torch.compile."""
-        return self.outer is not self.model or any(
-            getattr(m, "_compiled_call_impl", None) is not None for m in self.model.modules()
-        )
+        return self.outer is not self.model or any(map(compiled_in_place, self.model.modules()))
 
     @property
     def checkpointed(self) -> bool:
@@ -169,6 +179,23 @@ class UNetFamily:
         empty = like.new_empty(batch, 1, 0, 1)
         return Call(site, step, "cond", empty, empty, empty, 1.0, queries, keys)
 
+    def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
+        """The transformer blocks that are compiled one by one, with what gives each its own masks by site kind."""
+        sites = [site for site, _ in self.sites()]
+        return [
+            (module, partial(_with_block_masks, [site for site in sites if site.name.startswith(name + ".")]))
+            for name, module in self.model.named_modules()
+            if re.search(r"\.transformer_blocks\.\d+$", name) and compiled_in_place(module)
+        ]
+
+    @staticmethod
+    def with_source(kwargs: dict[str, Any], source: Any) -> dict[str, Any]:
+        """The denoiser's keyword arguments with `source` to be asked for work in place of the installation.
+
+        Gradient checkpointing runs layers again in autograd's own threads, which do not know our context variable.
+        """
+        return {**kwargs, "cross_attention_kwargs": {**(kwargs.get("cross_attention_kwargs") or {}), SOURCE: source}}
+
     @staticmethod
     def with_masks(kwargs: dict[str, Any], masks: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The denoiser's keyword arguments with masks by site name added, the door into compiled graphs."""
@@ -176,6 +203,16 @@ class UNetFamily:
             **kwargs,
             "cross_attention_kwargs": {**(kwargs.get("cross_attention_kwargs") or {}), MASKS: masks},
         }
+
+
+def _with_block_masks(sites: list[Site], call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    extra = kwargs.get("cross_attention_kwargs") or {}
+    if MASKS in extra:
+        extra = dict(extra)
+        masks = extra.pop(MASKS)
+        extra[BLOCK_MASKS] = {site.kind: masks[site.name] for site in sites if site.name in masks}
+        kwargs = {**kwargs, "cross_attention_kwargs": extra}
+    return call(*args, **kwargs)
 
 
 def _uncompiled(model: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attnctrl.errors import ControlError
 from attnctrl.report import Report
 from attnctrl.sampling import Active
 from attnctrl.sites import Call, Grid, Step
@@ -22,6 +23,18 @@ class Branch:
 
     name: str
     rows: slice
+
+
+def branches_of(rows: int, pictures: int) -> tuple[Branch, ...]:
+    """The branches of a batch of `rows` for so many pictures. Raises ControlError for other numbers of rows."""
+    if rows == pictures:
+        return (Branch("cond", slice(0, pictures)),)
+    if rows == 2 * pictures:
+        return Branch("uncond", slice(0, pictures)), Branch("cond", slice(pictures, rows))
+    raise ControlError(
+        f"the denoiser got a batch of {rows} for {pictures} pictures: attnctrl knows pipelines that run the conditional "
+        "rows alone or after as many unconditional ones."
+    )
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class RegionPrompts(Control):
         contexts, keys = state["contexts"], state["keys"]
         if call.site.name not in keys:
             # Text does not change during a run: project it once per layer.
-            with torch.no_grad():
+            # Outside a caller's inference mode, because a later step's loss may save it for its backward pass.
+            with torch.inference_mode(False), torch.no_grad():
                 keys[call.site.name] = [call.project(contexts[:, r]) for r in range(contexts.shape[1])]
         regions, base = state["shares"][call.queries.grid]
         dtype = call.query.dtype

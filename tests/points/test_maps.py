@@ -1,0 +1,64 @@
+"""Recorded maps: what they are, and of whom."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnctrl as ac
+from attnctrl.sites import Call
+from tests import tiny
+from tests.probes import REGIONS, Mask
+
+
+def test_maps_are_those_of_the_conditional_branch() -> None:
+    """A recorded map is the share of attention that the phrase's token gets, over heads and sites of one grid."""
+    pipe, kept = tiny.sd(), {}
+
+    def keep(call: Call) -> None:
+        if call.queries.grid == (1, 16, 16):
+            probs = (call.query @ call.key.transpose(-1, -2) * call.scale).softmax(dim=-1)
+            kept[call.site.name] = probs.mean(dim=1)[0]
+
+    with ac.control(pipe, Mask(make=keep), record=["dog"]) as run:
+        tiny.draw(pipe, steps=1)
+    (position,) = run.sampling.find("dog")
+    expected = torch.stack([probs[:, position] for probs in kept.values()]).mean(dim=0)
+    assert len(kept) == 3
+    torch.testing.assert_close(run.maps["dog"], expected.reshape(1, 16, 16))
+
+
+def test_every_region_of_a_batch_has_its_map() -> None:
+    pipe = tiny.sd()
+    with ac.control(pipe, ac.RegionMask(REGIONS, weight=0.5)) as run:
+        tiny.draw(pipe, ["a cat and a dog", "a dog and a cat"], num_images_per_prompt=2, steps=2)
+    assert run.maps.phrases == ("cat", "dog")
+    for image in range(4):
+        cat, dog = run.maps.of("cat", image), run.maps.of("dog", image)
+        assert cat.shape == (2, 16, 16)
+        assert cat.dtype == torch.float32
+        # The mask acted: each phrase is seen more on its own side.
+        assert cat[..., :8].mean() > 5 * cat[..., 8:].mean()
+        assert dog[..., 8:].mean() > 5 * dog[..., :8].mean()
+
+
+def test_recording_can_be_chosen() -> None:
+    pipe = tiny.sd()
+    with ac.control(pipe, ac.RegionMask(REGIONS), record=False) as run:
+        tiny.draw(pipe, steps=1)
+    assert len(run.maps) == 0
+    with ac.control(pipe, ac.RegionMask(REGIONS), record="a cat") as run:
+        tiny.draw(pipe, steps=1)
+    assert run.maps.phrases == ("a cat", "cat", "dog")
+    assert "a cat" in run.maps
+    with pytest.raises(KeyError, match=r'no maps of "bird".*recorded: "a cat", "cat", "dog"'):
+        run.maps["bird"]
+
+
+def test_a_phrase_to_record_must_be_in_the_prompt() -> None:
+    pipe = tiny.sd()
+    with (
+        pytest.raises(ac.ControlError, match=r'"bird" is not in the prompt.*2:cat.*5:dog'),
+        ac.control(pipe, record=["bird"]),
+    ):
+        tiny.draw(pipe, steps=1)

@@ -1,0 +1,147 @@
+"""torch.compile: controls that only mask run inside the graph; others are refused with a sentence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch._dynamo.utils import counters
+
+import attnctrl as ac
+from tests import tiny
+from tests.probes import REGIONS, Guide, Mask, Nudge, Scores, Token, assert_restored, only_first_key, snapshot
+
+ALWAYS = ac.Window(0.0, 1.0)
+
+
+def compile_whole(pipe: Any) -> None:
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+
+
+def compile_in_place(pipe: Any) -> None:
+    pipe.unet.compile(backend="eager", fullgraph=True)
+
+
+def compile_blocks(pipe: Any) -> None:
+    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+
+
+WAYS = {"whole": compile_whole, "in place": compile_in_place, "repeated blocks": compile_blocks}
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # pytest would catch, format and keep every line of torch's structured trace.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def small() -> Any:
+    """One level only, because tracing is what costs time here."""
+    pipe = tiny.sd()
+    torch.manual_seed(0)
+    pipe.unet = UNet2DConditionModel(
+        block_out_channels=(8,),
+        layers_per_block=1,
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+    return pipe
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_masks_run_inside_the_graph(way: str) -> None:
+    # Blocks that share a graph are to have different grids and masks.
+    pipe = tiny.sd() if way == "repeated blocks" else small()
+    control = ac.RegionMask(REGIONS, window=ALWAYS)
+    stock = tiny.draw(pipe)
+    with ac.control(pipe, control):
+        expected = tiny.draw(pipe)
+    WAYS[way](pipe)
+    before = snapshot(pipe)
+    torch.testing.assert_close(tiny.draw(pipe), stock, atol=1e-5, rtol=1e-5)
+    with ac.control(pipe, control) as run:  # record=True keeps no maps here: recording is for the uncompiled model
+        drawn = tiny.draw(pipe)
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(drawn, stock, atol=1e-3)
+    assert len(run.maps) == 0
+    (row,) = run.report.rows.values()
+    assert row.steps == {0, 1, 2}
+    compiled = graphs()
+    with ac.control(pipe, control, record=False):
+        assert torch.isfinite(tiny.draw(pipe, steps=5)).all()
+        again = tiny.draw(pipe)
+    assert graphs() == compiled  # neither a step nor another block compiles anything anew
+    assert torch.equal(again, drawn)
+    assert sum(counters["graph_break"].values()) == 0
+    assert_restored(before, pipe)
+    torch.testing.assert_close(tiny.draw(pipe), stock, atol=1e-5, rtol=1e-5)
+
+
+def test_boolean_masks_and_sampling_points_work_together() -> None:
+    """Several masks, windows that end, a batch; and what happens between two steps does not concern the graph."""
+    pipe = small()
+    mid = ac.Where(kinds=("cross", "self"), blocks=("mid",))
+    controls = (
+        ac.RegionMask(REGIONS, boost=0.0, window=ac.Window(0.0, 0.5)),
+        Mask(make=only_first_key, where=mid, window=ac.Window(0.3, 1.0)),
+        Guide(make=lambda prediction: 0.5 * prediction.combined),
+        Nudge(),
+    )
+    with ac.control(pipe, *controls):
+        expected = tiny.draw(pipe, num_images_per_prompt=2)
+    compile_whole(pipe)
+    with ac.control(pipe, *controls):
+        drawn = tiny.draw(pipe, num_images_per_prompt=2)
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+
+
+REFUSED: dict[str, tuple[Callable[[], ac.Control], str]] = {
+    "a loss": (lambda: ac.LoCo(REGIONS), r"LoCo needs gradients: use the pipeline without torch\.compile"),
+    "another loss": (lambda: Token(), r"Token needs gradients"),
+    "scores": (lambda: ac.DenseDiffusion(REGIONS), r"DenseDiffusion acts on scores, which a compiled model cannot do"),
+    "test scores": (lambda: Scores(), r"Scores acts on scores"),
+    "streams": (lambda: ac.RegionPrompts(REGIONS), r"RegionPrompts acts on inputs"),
+    "branch": (lambda: Mask(make=only_first_key, branches=("uncond",)), r"Mask acts on the unconditional branch"),
+}
+
+
+@pytest.mark.parametrize("way", ["whole", "in place"])
+def test_controls_that_need_more_than_a_mask_are_refused(way: str) -> None:
+    """Before anything is traced."""
+    pipe = small()
+    WAYS[way](pipe)
+    before = snapshot(pipe)
+    for make, sentence in REFUSED.values():
+        with pytest.raises(ac.ControlError, match=sentence), ac.control(pipe, make()):
+            tiny.draw(pipe, steps=1)
+        assert_restored(before, pipe)
+    with pytest.raises(ac.ControlError, match=r"recorded under torch\.compile"), ac.control(pipe, record=["cat"]):
+        tiny.draw(pipe, steps=1)
+    assert graphs() == 0
+    assert_restored(before, pipe)
+
+
+def test_compiling_inside_a_block_is_refused() -> None:
+    pipe = small()
+    with ac.control(pipe, ac.RegionMask(REGIONS)):
+        stock = pipe.unet
+        compile_whole(pipe)
+        with pytest.raises(ac.ControlError, match=r"compiled inside a control block"), ac.control(pipe):
+            pytest.fail("the inner block was entered")
+        pipe.unet = stock
