@@ -1,0 +1,100 @@
+"""attnctrl layout: one prompt, its regions, one picture, and the comparison with the stock picture."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from attnctrl.errors import ControlError
+from attnctrl.pictures import sheet, with_regions
+from attnctrl.pipelines import LayoutPipeline
+from attnctrl.regions import Region
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument(
+        "--region",
+        action="append",
+        required=True,
+        metavar="PHRASE@X0,Y0,X1,Y1",
+        help="fractions of the picture, origin top left; repeat for more; a phrase alone takes the next --mask",
+    )
+    parser.add_argument("--mask", action="append", default=[], metavar="FILE", help="bright pixels are inside")
+    parser.add_argument("--method", default="loco", help='a name of "attnctrl methods", several with +')
+    parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", help="a parameter of the method")
+    parser.add_argument("--model", default="shapes-sd", help="shapes-sd, a folder or a hub id")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: 3.5 for shapes models)")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, required=True, help="the picture; FILE-compare.png goes beside it")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draw, save, compare with the stock picture of the same seed, report. Raises ControlError for bad input."""
+    compare = args.out.with_name(f"{args.out.stem}-compare.png")
+    if not args.force:
+        for path in (args.out, compare):
+            if path.exists():
+                raise FileExistsError(f"{path} exists: choose another --out or pass --force.")
+    regions = parse_regions(args.region, args.mask)
+    overrides = dict(parse_setting(s) for s in args.set)
+    layout = LayoutPipeline.from_pretrained(args.model, device=args.device)
+    guidance = args.guidance or (3.5 if args.model.startswith("shapes-") else 7.5)
+    options: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": guidance}
+    options |= {k: v for k, v in (("height", args.height), ("width", args.width)) if v}
+
+    def draw(method: str, **more: Any) -> Any:
+        # Noise drawn on the CPU is the same on every device.
+        seed = torch.Generator().manual_seed(args.seed)
+        return layout(args.prompt, regions, method.split("+"), generator=seed, **options, **more)
+
+    result = draw(args.method, **overrides)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    result.images[0].save(args.out)
+    print(f"wrote {args.out}")
+    stock = draw("none")
+    pictures = [("stock", stock.images[0]), (args.method, result.images[0])]
+    sheet([(name, with_regions(p, regions)) for name, p in pictures], columns=2).save(compare)
+    print(f"wrote {compare}\n{result.run.report}")
+    return 0
+
+
+def parse_regions(texts: list[str], masks: list[str]) -> list[Region]:
+    """Regions from "phrase@x0,y0,x1,y1" and, for phrases alone, from mask files in order."""
+    left, regions = list(masks), []
+    for text in texts:
+        phrase, at, place = text.rpartition("@")
+        if at:
+            try:
+                x0, y0, x1, y1 = (float(v) for v in place.split(","))
+            except ValueError:
+                raise ControlError(f'--region "{text}": write phrase@x0,y0,x1,y1 with four numbers in 0..1.') from None
+            regions.append(Region(phrase, box=(x0, y0, x1, y1)))
+        elif left:
+            regions.append(Region(text, mask=Image.open(left.pop(0))))
+        else:
+            raise ControlError(f'--region "{text}" has no place: write phrase@x0,y0,x1,y1 or give a --mask FILE.')
+    if left:
+        raise ControlError(f"--mask {left[0]} belongs to no region: give a --region with its phrase alone.")
+    return regions
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """ "name=value" with the value read as a Python literal where it is one."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ControlError(f'--set "{text}": write parameter=value.')
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
