@@ -1,0 +1,124 @@
+"""The command `attnctrl bench`: its arguments, and what it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from attnctrl.bench import dose, fidelity, layout, overhead
+from attnctrl.bench.compare import compare
+from attnctrl.bench.draw import DTYPES, Settings, load_pipeline
+from attnctrl.bench.methods import Spec, parse_methods
+from attnctrl.bench.results import Results, environment
+from attnctrl.bench.tables import results_table
+from attnctrl.errors import ControlError
+
+COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
+BENCHES = (*COMPARISONS, "overhead")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `attnctrl bench`."""
+    parser.add_argument("bench", choices=BENCHES, help="what to measure")
+    parser.add_argument("--quick", action="store_true", help="few pictures: minutes on two cores, wide intervals")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results here, row by row")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the --json file already holds")
+    parser.add_argument(
+        "--model", default="shapes-sd", help="shapes-sd, or a pipeline's folder or name (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=_count, metavar="N", help="pictures per row; overhead: repetitions")
+    parser.add_argument("--objects", type=_counts, metavar="2,3,4", help="numbers of objects, each 1 to 4")
+    parser.add_argument(
+        "--methods",
+        metavar="A,B{PARAM=VALUE},C+D",
+        help='comma-separated; "none" is the stock pipeline, "ideal" the best score there is; parameters as in '
+        '"loco{scale=30|60;iterations=3}"',
+    )
+    parser.add_argument("--split", choices=("tune", "test"), help="which prompts (dose: tune; else: test)")
+    parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead: 10)")
+    parser.add_argument("--guidance", type=float, default=3.5, metavar="S", help="guidance scale (default 3.5)")
+    parser.add_argument("--batch", type=_count, default=8, metavar="N", help="prompts per call (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other tasks (default 0)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="bf16: run under autocast")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--param", default=dose.PARAM, help="dose: the parameter (default %(default)s)")
+    parser.add_argument("--values", default=dose.VALUES, help="dose: its values (default %(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `args.bench` and print its table. Returns 0; 1 when a method failed; 2 when the request makes no sense."""
+    try:
+        results = _overhead(args) if args.bench == "overhead" else _comparison(args, COMPARISONS[args.bench])
+    except ControlError as error:
+        print(f"attnctrl bench: {error}", file=sys.stderr)
+        return 2
+    return 1 if results.failed else 0
+
+
+def _comparison(args: argparse.Namespace, bench: ModuleType) -> Results:
+    specs = _specs(args, bench)
+    images = args.images or (bench.QUICK_IMAGES if args.quick else bench.IMAGES)
+    settings = _settings(args, steps=25, batch=min(args.batch, images))
+    results = _results(args, settings, images=images)
+    if args.resume:
+        results.resume()
+    pipe = load_pipeline(args.model, _device(args))
+    compare(pipe, specs, args.objects or bench.OBJECTS, images, settings, results, bench.BOXES)
+    print(results_table(results, bench.TABLE))
+    return results
+
+
+def _overhead(args: argparse.Namespace) -> Results:
+    if args.resume:
+        raise ControlError("overhead takes its repetitions in turns, so it cannot be resumed.")
+    specs = parse_methods(args.methods or overhead.default_methods())
+    repetitions = args.images or (overhead.QUICK_REPETITIONS if args.quick else overhead.REPETITIONS)
+    settings = _settings(args, steps=10, batch=max(overhead.BATCHES))
+    results = _results(args, settings, repetitions=repetitions)
+    overhead.measure(load_pipeline(args.model, _device(args)), specs, repetitions, settings, results)
+    print(overhead.table(results))
+    return results
+
+
+def _settings(args: argparse.Namespace, steps: int, batch: int) -> Settings:
+    return Settings(
+        steps=args.steps or steps,
+        guidance=args.guidance,
+        batch=batch,
+        dtype=args.dtype,
+        seed=args.seed,
+        split=args.split or ("tune" if args.bench == "dose" else "test"),
+    )
+
+
+def _results(args: argparse.Namespace, settings: Settings, **more: int) -> Results:
+    where = environment(_device(args), args.dtype)
+    return Results(args.bench, args.model, {**settings.as_dict(), **more}, where, path=args.json)
+
+
+def _specs(args: argparse.Namespace, bench: ModuleType) -> list[Spec]:
+    if bench is dose:
+        return parse_methods(dose.default_methods(args.methods or dose.METHOD, args.param, args.values))
+    return parse_methods(args.methods or bench.default_methods())
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: give 1 or more")
+    return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    values = tuple(dict.fromkeys(int(t) for t in text.split(",")))
+    if not values or not all(1 <= v <= 4 for v in values):
+        raise argparse.ArgumentTypeError(f'"{text}": give numbers from 1 to 4, such as 2,3')
+    return values

@@ -1,0 +1,69 @@
+"""Methods side by side: every method on the same prompts, boxes and seeds, judged picture by picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from attnctrl.bench.draw import Settings, draw
+from attnctrl.bench.methods import IDEAL, NONE, Spec
+from attnctrl.bench.results import Results, Row
+from attnctrl.bench.stats import mean_interval
+from attnctrl.bench.tasks import Task, make_tasks
+from attnctrl.errors import ControlError
+from attnctrl.shapes.detect import detect
+from attnctrl.shapes.score import score_image
+
+
+def judge(task: Task, picture: Any, boxes: bool) -> dict[str, float]:
+    """Every measure of one picture as a number: shares in 0..1, yes and no as 1 and 0, `extra` as a count.
+
+    boxes: whether the method was given the boxes, so that they count.
+    """
+    layout = task.layout
+    score = score_image(layout.asked, detect(picture), layout.boxes if boxes else None, layout.background)
+    return {name: float(value) for name, value in asdict(score).items() if value is not None}
+
+
+def measure(pipe: Any, tasks: Sequence[Task], spec: Spec, settings: Settings, boxes: bool, bar: tqdm) -> Row:
+    """One row: draw the tasks, judge the pictures. A method that cannot work gives a row that says why."""
+    objects = len(tasks[0].layout.things)
+    bar.set_description(f"{spec.label}, {objects} objects")
+    seconds: float | None = None
+    try:
+        if spec.label == IDEAL:
+            pictures = [task.ideal for task in tasks]
+            bar.update(len(tasks))
+        else:
+            drawn = draw(pipe, tasks, spec, settings, bar.update)
+            pictures, seconds = drawn.pictures, drawn.seconds_per_image
+    except ControlError as error:
+        return Row(spec.label, objects, 0, error=str(error))
+    scores = [judge(task, picture, boxes) for task, picture in zip(tasks, pictures, strict=True)]
+    metrics = {name: mean_interval([s[name] for s in scores]) for name in scores[0]}
+    return Row(spec.label, objects, len(tasks), metrics, seconds)
+
+
+def compare(
+    pipe: Any,
+    specs: Sequence[Spec],
+    objects: Sequence[int],
+    images: int,
+    settings: Settings,
+    results: Results,
+    boxes: bool,
+) -> None:
+    """Add a row for each method and number of objects that `results` does not hold yet."""
+    wanted = [(n, spec) for n in objects for spec in specs]
+    missing = [(n, spec) for n, spec in wanted if results.find(spec.label, n) is None]
+    tasks = {n: make_tasks(n, images, settings.split, settings.seed) for n in {n for n, _ in missing}}
+    if missing:
+        # What the first call of a process pays for once is not the first method's cost.
+        warm = tasks[missing[0][0]][: settings.batch]
+        draw(pipe, warm, Spec(NONE), Settings(**{**asdict(settings), "steps": 2}))
+    with tqdm(total=images * len(missing), unit="img", smoothing=0.1) as bar:
+        for n, spec in missing:
+            results.add(measure(pipe, tasks[n], spec, settings, boxes, bar))

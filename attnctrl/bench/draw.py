@@ -1,0 +1,112 @@
+"""Loading a pipeline, and drawing a batch of tasks with it under controls."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnctrl.bench.methods import Spec
+from attnctrl.bench.tasks import Task
+from attnctrl.errors import ControlError
+from attnctrl.run import control
+from attnctrl.shapes.layouts import Split
+
+SHAPES = "shapes-"
+DTYPES = {"float32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn: steps of the scheduler, guidance scale, pictures per pipeline call.
+
+    dtype: "float32", or "bf16" for autocast around the whole pipeline, losses and their gradients included.
+    """
+
+    steps: int = 25
+    guidance: float = 3.5
+    batch: int = 8
+    dtype: str = "float32"
+    seed: int = 0
+    split: Split = "test"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "dtype"}
+
+
+def load_pipeline(model: str, device: torch.device) -> Any:
+    """`shapes-sd` and its like from the package; anything else is a folder or a name for `from_pretrained`.
+
+    Raises:
+        ControlError: there is no such shapes model.
+    """
+    if model.startswith(SHAPES):
+        from attnctrl.shapes import load
+
+        try:
+            pipe = load(model.removeprefix(SHAPES), device=device)
+        except ValueError as error:
+            raise ControlError(f"{error}.") from None
+    else:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(model).to(device, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def precision(device: torch.device, dtype: str) -> Iterator[None]:
+    """Autocast to `dtype` of `Settings`; nothing for float32."""
+    with ExitStack() as stack:
+        if DTYPES[dtype] is not None:
+            stack.enter_context(torch.autocast(device.type, DTYPES[dtype]))
+        yield
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """pictures: (height, width, 3) float in 0..1 each. seconds_per_image: median over the pipeline calls."""
+
+    pictures: list[np.ndarray]
+    seconds_per_image: float
+
+
+def draw(
+    pipe: Any, tasks: Sequence[Task], spec: Spec, settings: Settings, tick: Callable[[int], None] = lambda n: None
+) -> Drawn:
+    """Draw every task with one method, `settings.batch` prompts with their own regions per pipeline call.
+
+    Each picture has a generator of its own, so that it does not depend on its batch. tick: told how many pictures
+    were drawn, after each call. Raises ControlError when the method cannot work.
+    """
+    pictures: list[np.ndarray] = []
+    seconds: list[tuple[int, float]] = []
+    for first in range(0, len(tasks), settings.batch):
+        chosen = tasks[first : first + settings.batch]
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            stack.enter_context(precision(pipe.device, settings.dtype))
+            if spec.parts:
+                controls = spec.controls([t.regions for t in chosen], [t.nouns for t in chosen])
+                stack.enter_context(control(pipe, *controls, record=False))
+            made = pipe(
+                [t.prompt for t in chosen],
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                # Drawn on the CPU and moved by the pipeline: the same noise on every device.
+                generator=[torch.Generator().manual_seed(t.seed) for t in chosen],
+                output_type="np",
+            ).images
+        seconds.append((len(chosen), time.perf_counter() - start))
+        pictures.extend(made)
+        tick(len(chosen))
+    # A short last batch costs more per picture: it counts only where there is no other.
+    whole = [s / n for n, s in seconds if n == settings.batch] or [s / n for n, s in seconds]
+    return Drawn(pictures, statistics.median(whole))

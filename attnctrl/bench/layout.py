@@ -1,0 +1,17 @@
+"""`bench layout`: does each object stand, with its shape and colour, where its box is?"""
+
+from __future__ import annotations
+
+from attnctrl.bench.methods import IDEAL, NONE
+from attnctrl.controls import REGISTRY
+
+TABLE = ("present", "in_box", "iou", "bound")
+BOXES = True
+IMAGES, QUICK_IMAGES = 200, 8
+OBJECTS = (2, 3, 4)
+
+
+def default_methods() -> str:
+    """The stock pipeline, every registered layout method, a loss together with a mask, and the best score there is."""
+    names = [m.name for m in REGISTRY.values() if m.task == "layout"]
+    return ",".join([NONE, *names, "loco+region-mask", IDEAL])

@@ -1,0 +1,126 @@
+"""The benches end to end on an untrained model of the shapes world's architecture, much narrowed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from attnctrl.bench import add_arguments, main
+from attnctrl.shapes import models
+from attnctrl.shapes.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    tokens = load_tokenizer()
+    width = (8, 8, 8, 8)
+    pipe = StableDiffusionPipeline(
+        vae=models.autoencoder(encoder_block_out_channels=width, decoder_block_out_channels=width).eval(),
+        text_encoder=models.text_encoder(len(tokens), tokens.bos_token_id, tokens.eos_token_id).eval(),
+        tokenizer=tokens,
+        unet=models.denoiser(block_out_channels=(8, 16), attention_head_dim=(2, 2), norm_num_groups=4).eval(),
+        scheduler=models.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def bench(model: str, tmp_path: Path) -> Any:
+    """Runs a command line; gives the exit status and what the JSON file holds."""
+
+    def run(line: str, *more: str) -> tuple[int, dict[str, Any]]:
+        file = tmp_path / "results.json"
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        common = ["--model", model, "--steps", "2", "--json", str(file)]
+        status = main(parser.parse_args([*line.split(), *common, *more]))
+        return status, json.loads(file.read_text()) if file.exists() else {}
+
+    return run
+
+
+def test_layout_runs_every_method_and_keeps_the_rows(bench: Any, capsys: Any) -> None:
+    status, found = bench("layout --images 2 --objects 2")
+    methods = [row["method"] for row in found["rows"]]
+    assert status == 0
+    assert methods[0] == "none"
+    assert "loco" in methods
+    assert "loco+region-mask" in methods
+    assert {"present", "in_box", "iou"} <= set(found["rows"][0]["metrics"])
+    assert set(found["rows"][0]["metrics"]["iou"]) == {"value", "low", "high"}
+    assert found["rows"][0]["ratio_to_none"] == 1
+    assert all(row["images"] == 2 and row["seconds_per_image"] > 0 for row in found["rows"][:-1])
+    ideal = found["rows"][-1]
+    assert ideal["method"] == "ideal"
+    assert ideal["metrics"]["in_box"]["value"] == 1
+    assert ideal["metrics"]["fitted_iou"]["value"] > 0.95
+    assert ideal["seconds_per_image"] is None
+    assert {"torch", "diffusers", "attnctrl", "device", "threads", "dtype"} == set(found["environment"])
+    assert "| loco+region-mask" in capsys.readouterr().out
+
+
+def test_resume_keeps_finished_rows_and_draws_the_rest(bench: Any) -> None:
+    _, first = bench("layout --images 2 --objects 2 --methods none")
+    status, second = bench("layout --images 2 --objects 2 --methods none,region-mask --resume")
+    assert status == 0
+    assert [row["method"] for row in second["rows"]] == ["none", "region-mask"]
+    assert second["rows"][0] == first["rows"][0]
+    assert bench("layout --images 3 --objects 2 --methods none --resume")[0] == 2
+
+
+def test_a_method_that_cannot_work_is_a_row_with_its_reason(bench: Any, capsys: Any) -> None:
+    # Two steps never reach this part of the run.
+    status, found = bench("layout --images 2 --objects 2 --methods none,loco{window=0.8..0.9}")
+    assert status == 1
+    assert "acted nowhere" in found["rows"][1]["error"]
+    assert "acted nowhere" in capsys.readouterr().out
+
+
+def test_fidelity_gives_nouns_and_no_boxes(bench: Any) -> None:
+    status, found = bench("fidelity --images 2 --objects 3")
+    assert status == 0
+    assert [row["method"] for row in found["rows"]] == ["none", "attend-excite", "a-star"]
+    assert {"present", "bound"} <= set(found["rows"][1]["metrics"])
+    assert "in_box" not in found["rows"][1]["metrics"]
+
+
+def test_dose_is_one_row_per_value(bench: Any) -> None:
+    status, found = bench("dose --images 2 --methods loco{iterations=1} --values 3,30")
+    assert status == 0
+    assert found["settings"]["split"] == "tune"
+    assert [row["method"] for row in found["rows"]] == [
+        "none",
+        "loco{iterations=1;scale=3}",
+        "loco{iterations=1;scale=30}",
+    ]
+
+
+def test_unknown_methods_and_models_are_refused_before_anything_runs(bench: Any, capsys: Any) -> None:
+    assert bench("layout --methods lico")[0] == 2
+    assert "choose one of" in capsys.readouterr().err
+    assert bench("layout", "--model", "shapes-nothing")[0] == 2
+
+
+def test_overhead_compares_with_the_stock_pipeline_at_each_batch_size(bench: Any, capsys: Any) -> None:
+    status, found = bench("overhead --images 1")
+    rows = {(row["method"], row["batch"]): row for row in found["rows"]}
+    assert status == 0
+    assert {batch for _, batch in rows} == {1, 4}
+    assert rows["none", 4]["metrics"]["ratio"]["value"] == 1
+    assert {"no controls", "region-mask", "recording 2 phrases"} <= {method for method, _ in rows}
+    loss = rows["attend-excite{window=0..1}", 1]
+    assert loss["losses"] == 2  # one in each of the two steps
+    assert {"ratio", "ratio_cpu", "loss_to_forward", "loss_to_forward_backward"} == set(loss["metrics"])
+    assert "| denoiser forward + backward" in capsys.readouterr().out
