@@ -6,22 +6,27 @@ from typing import Any
 
 import torch
 
+from attnctrl.errors import ControlError
+
 SHIPPED = "shapes-"
 
 
-def load_pipeline(model: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+def load_pipeline(model: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
     """A text-to-image pipeline.
 
     model: "shapes-sd" for a shipped model, else what diffusers' `from_pretrained` takes (safetensors only).
     device: default CUDA where there is one, else CPU. dtype: default float16 on CUDA, float32 elsewhere.
+    Raises ControlError when there is no shipped model of that name.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     if model.startswith(SHIPPED):
         from attnctrl import shapes
 
-        return shapes.load(model.removeprefix(SHIPPED), dtype=dtype, device=device)
-    from diffusers import AutoPipelineForText2Image
+        try:
+            return shapes.load(model.removeprefix(SHIPPED), dtype=dtype, device=device)
+        except ValueError as error:
+            raise ControlError(f"{error}.") from None
+    from diffusers import DiffusionPipeline
 
-    pipe = AutoPipelineForText2Image.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    return pipe.to(device)
+    return DiffusionPipeline.from_pretrained(model, use_safetensors=True).to(device, dtype)

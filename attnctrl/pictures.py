@@ -59,8 +59,8 @@ def _outline(picture: Image.Image, pen: ImageDraw.ImageDraw, region: Region, col
 def sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int, gap: int = 10) -> Image.Image:
     """Titled pictures of one size on a white sheet, row by row."""
     width, height = pictures[0][1].size
-    font = ImageFont.load_default(size=max(11, height // 18))
-    title = int(font.size * 1.6)
+    letters = max(11, height // 18)
+    font, title = ImageFont.load_default(size=letters), int(letters * 1.6)
     rows = -(-len(pictures) // columns)
     size = (columns * (width + gap) + gap, rows * (height + title + gap) + gap)
     page = Image.new("RGB", size, "white")

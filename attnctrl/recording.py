@@ -61,7 +61,8 @@ class Recorder:
         if asked and not names:
             taken = ", ".join(sorted(set(foreign.values()))) or "nothing"
             raise ControlError(
-                f'maps of "{asked[0]}" cannot be recorded: no layer has cross-attention that we know ({taken} took over).'
+                f'maps of "{asked[0]}" cannot be recorded: no layer has cross-attention that we know ({taken} took '
+                "over)."
             )
         return cls(sampling.maps, names)
 

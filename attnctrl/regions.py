@@ -116,9 +116,12 @@ class Region:
 
 
 def _checked_box(phrase: str, box: Sequence[float]) -> Box:
-    values = tuple(float(v) for v in box)
+    try:
+        values = tuple(float(v) for v in box)
+    except (TypeError, ValueError):
+        values = ()
     if len(values) != 4 or not all(np.isfinite(values)):
-        raise ControlError(f'region "{phrase}": a box is four finite numbers (x0, y0, x1, y1), found {tuple(box)}.')
+        raise ControlError(f'region "{phrase}": a box is four finite numbers (x0, y0, x1, y1), found {box!r}.')
     x0, y0, x1, y1 = values
     if not all(0.0 <= v <= 1.0 for v in values):
         raise ControlError(

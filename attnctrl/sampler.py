@@ -188,7 +188,8 @@ class Sampler:
             assert step is not None
             # The sampler's latents are noise times init_noise_sigma, the denoiser's input those times its scale.
             factor = self.schedule.input_scale(step) * float(self.scheduler.init_noise_sigma)
-            start = self.change.of_input(sample)[self.branches()[-1].rows, : self.sampling.latent_channels].float() / factor
+            rows, channels = self.branches()[-1].rows, self.sampling.latent_channels
+            start = self.change.of_input(sample)[rows, :channels].float() / factor
             with self.sampling.report.timed(one.index, one.control.name, "noise", step.index):
                 wanted = one.control.noise(start, self.sampling, one.state)
             # The difference before the factor: noise handed back unchanged must change nothing, rounding included.

@@ -32,8 +32,8 @@ def branches_of(rows: int, pictures: int) -> tuple[Branch, ...]:
     if rows == 2 * pictures:
         return Branch("uncond", slice(0, pictures)), Branch("cond", slice(pictures, rows))
     raise ControlError(
-        f"the denoiser got a batch of {rows} for {pictures} pictures: attnctrl knows pipelines that run the conditional "
-        "rows alone or after as many unconditional ones."
+        f"the denoiser got a batch of {rows} for {pictures} pictures: attnctrl knows pipelines that run the "
+        "conditional rows alone or after as many unconditional ones."
     )
 
 
