@@ -152,7 +152,7 @@ def _bitmap(phrase: str, mask: Any) -> torch.Tensor:
         array = array > (127.5 if array.max(initial=0) > 1 else 0.5)
     if not array.any():
         raise ControlError(f'region "{phrase}": the mask is all zero: paint the part that belongs to the region.')
-    return torch.from_numpy(np.ascontiguousarray(array)).float()
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def _overlap(start: float, end: float, cells: int) -> torch.Tensor:

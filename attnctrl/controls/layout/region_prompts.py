@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from attnctrl.control import Control, Window, param
-from attnctrl.layout import Regions, resolve
+from attnctrl.layout import Layout, Regions, resolve
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid, Stream
 
@@ -44,6 +44,27 @@ def feathered(masks: torch.Tensor, grid: Grid, feather: float) -> torch.Tensor:
     return (line(height) @ pictures @ line(width).T).flatten(-3)
 
 
+def confinement(tokens: torch.Tensor, masks: torch.Tensor) -> torch.Tensor | None:
+    """Visibility of the main prompt's words: those of the regions are hidden from pixels that no region touches.
+
+    tokens: (batch, regions, text tokens) bool; masks: (batch, regions, latent tokens).
+    -> (batch, 1, latent tokens, text tokens) bool, None where nothing is hidden.
+    """
+    uncovered = (masks == 0).all(dim=1)
+    hidden = uncovered[:, :, None] & tokens.any(dim=1)[:, None, :]
+    return ~hidden[:, None] if bool(hidden.any()) else None
+
+
+def named_tokens(sampling: Sampling, layout: Layout) -> torch.Tensor | None:
+    """(batch, regions, text tokens) bool: where the regions' phrases stand in the main prompts, if they do."""
+    rows = torch.zeros(len(layout.regions), layout.valid.shape[1], sampling.text_tokens, dtype=torch.bool)
+    for p, regions in enumerate(layout.regions if sampling.prompts is not None else ()):
+        for r, region in enumerate(regions):
+            if sampling.tokens[p][0].occurrences(region.phrase):
+                rows[p, r, list(sampling.find(region.phrase, p, region.occurrence))] = True
+    return rows.to(sampling.device).repeat_interleave(layout.images, dim=0) if rows.any() else None
+
+
 @dataclass(frozen=True)
 class RegionPrompts(Control):
     """Each region attends to its own prompt; the outputs are merged by the masks (attention couple).
@@ -52,6 +73,8 @@ class RegionPrompts(Control):
     (regional prompter's attention mode). The text of a region is `Region.prompt`, else its phrase, which need not
     stand in the main prompt. Pixels of no region follow the main prompt alone instead of being an error, and
     overlaps share by `Region.weight`. The main prompt takes part in the regions by `base_ratio`, 0.2 there.
+    `confine`, which those tools lack because their regions tile the picture: where phrases of the regions also stand
+    in the main prompt, pixels outside every region do not see them there; else they draw a second copy.
     Families: every one with separate text keys.
     """
 
@@ -61,6 +84,7 @@ class RegionPrompts(Control):
     regions: Regions = ()
     base_ratio: float = param(0.2, "share of the main prompt inside the regions; 1 is the stock picture", 0, 1)
     feather: float = param(0.0, "softness of the region borders, as a fraction of the shorter side", 0, 0.5)
+    confine: bool = param(True, "hide the regions' words of the main prompt from pixels outside every region")
     window: Window = field(default=Window(0.0, 1.0), kw_only=True)
 
     @property
@@ -81,11 +105,16 @@ class RegionPrompts(Control):
         for row, p in enumerate(i for i in range(len(layout.regions)) for _ in range(layout.images)):
             for r, region in enumerate(layout.regions[p]):
                 weights[row, r] = region.weight
-        shares = {}
+        shares, visible = {}, {}
+        tokens = named_tokens(sampling, layout) if self.confine else None
         for grid in sampling.grids(self.where):
             masks = feathered(layout.mask(grid, "coverage"), grid, self.feather)
             shares[grid] = couple_weights(masks, weights, self.base_ratio)
-        return {"contexts": contexts.to(sampling.dtype), "shares": shares, "keys": {}}
+            visible[grid] = None if tokens is None else confinement(tokens, masks)
+        return {"contexts": contexts.to(sampling.dtype), "shares": shares, "visible": visible, "keys": {}}
+
+    def mask(self, call: Call, state: Any) -> torch.Tensor | None:
+        return state["visible"][call.queries.grid]
 
     def inputs(self, call: Call, state: Any) -> Call:
         assert call.project is not None
