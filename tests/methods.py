@@ -1,11 +1,19 @@
-"""The registry as tests use it: every method made with something to do, and made to do nothing."""
+"""The registry as tests use it, every method at work or idle; and the material of formulas without a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 import attnctrl as ac
 from attnctrl.controls import REGISTRY, Method
+from attnctrl.prompt import PromptTokens
+from attnctrl.sampling import Sampling
+from attnctrl.sites import Site, Step
+from attnctrl.stepmaps import SelfMap
+from attnctrl.text import Text
+from tests import tiny
 from tests.probes import REGIONS
 
 # Parameters under which a method asks for nothing: the picture must be the stock one, bit for bit.
@@ -27,9 +35,13 @@ def subject(method: Method) -> Any:
     return tuple(region.phrase for region in REGIONS)
 
 
-def busy(name: str, **params: Any) -> ac.Control:
-    """The method at work in every step of the run."""
-    return REGISTRY[name].make(subject(REGISTRY[name]), **{"window": ac.Window(0.0, 1.0)} | params)
+def busy(name: str, about: Any = None, **params: Any) -> ac.Control:
+    """The method at work in every step of the run, with few descents because they cost time."""
+    entry = REGISTRY[name]
+    usual: dict[str, Any] = {"window": ac.Window(0.0, 1.0)}
+    if "iterations" in entry.params:
+        usual["iterations"] = 2
+    return entry.make(subject(entry) if about is None else about, **usual | params)
 
 
 def idle_forms() -> dict[str, ac.Control]:
@@ -42,3 +54,39 @@ def idle_forms() -> dict[str, ac.Control]:
         forms[f"{name}-no-subject-per-prompt"] = method.make(((),))
         forms[f"{name}-empty-window"] = busy(name, window=ac.Window(0.5, 0.5))
     return forms
+
+
+SITES = (Site("down.attn1", "self", "down", 0, 0), Site("down.attn2", "cross", "down", 1, 0))
+
+
+def sampling(prompt: str | list[str] = tiny.PROMPT, grid: tuple[int, int] = (2, 2), images: int = 1) -> Sampling:
+    """A sampling without a pipeline: one self- and one cross-attention site at the latents' own grid."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+
+    def encode(texts: list[str]) -> Text:
+        # Row n of a text's embedding is its length plus n: easy to recognise.
+        rows = [torch.arange(24.0)[:, None].expand(24, 16) + 100 * len(text) for text in texts]
+        return Text(torch.stack(rows))
+
+    return Sampling(
+        prompts=prompts,
+        tokenize=lambda: [[PromptTokens.read(tiny.tokenizer(), p)] for p in prompts],
+        images_per_prompt=images,
+        prompt_count=len(prompts),
+        guided=True,
+        text_tokens=24,
+        encode=encode,
+        sites=list(SITES),
+        latent_grid=(1, *grid),
+    )
+
+
+def self_map(attention: torch.Tensor, grid: tuple[int, int]) -> SelfMap:
+    """A self-attention site whose one head has this matrix of probabilities (tokens, tokens), all above 0."""
+    count = len(attention)
+    query = torch.eye(count, dtype=attention.dtype)[None, None]
+    return SelfMap(SITES[0], (1, *grid), query, attention.log().T[None, None], None, 1.0)
+
+
+def step(index: int, total: int = 50) -> Step:
+    return Step(index, total, 1000.0 * (1 - index / total), 1 - index / total)

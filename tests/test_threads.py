@@ -10,7 +10,8 @@ import torch
 
 import attnctrl as ac
 from tests import tiny
-from tests.probes import REGIONS, assert_restored, snapshot
+from tests.probes import REGIONS
+from tests.spies import assert_restored, snapshot
 
 STEPS = 3
 JOBS: dict[str, tuple[str, tuple[ac.Control, ...], bool]] = {

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PROMPT = "a cat and a dog"
@@ -46,7 +47,7 @@ PROMISED = ("ddim", "euler", "dpm", "lcm")
 @cache
 def tokenizer() -> CLIPTokenizer:
     """CLIP's letters plus a few whole words, made by explicit merges."""
-    letters = [chr(c) for c in range(33, 127)]
+    letters = sorted(ByteLevel.alphabet())
     vocab = {t: i for i, t in enumerate([*letters, *(c + "</w>" for c in letters)])}
     merges = []
     for word in WORDS:

@@ -13,7 +13,8 @@ import attnctrl as ac
 from attnctrl.controls import REGISTRY
 from tests import tiny
 from tests.methods import WEIGHTLESS, idle_forms
-from tests.probes import EVERYWHERE, Mask, all_visible, assert_restored, attention_layers, snapshot
+from tests.probes import EVERYWHERE, Mask, all_visible
+from tests.spies import assert_restored, attention_layers, snapshot
 
 MODELS = {"sd": tiny.sd, "sdxl": tiny.sdxl}
 IDLE = idle_forms()

@@ -12,20 +12,8 @@ import attnctrl as ac
 from attnctrl.control import POINTS
 from attnctrl.sites import Call, Stream
 from tests import tiny
-from tests.probes import (
-    COND,
-    EVERYWHERE,
-    UNCOND,
-    Attend,
-    Inputs,
-    Mask,
-    Output,
-    Probs,
-    Scores,
-    attention_layers,
-    only_first_key,
-    watch,
-)
+from tests.probes import EVERYWHERE, Attend, Inputs, Mask, Output, Probs, Scores, only_first_key
+from tests.spies import COND, UNCOND, attention_layers, watch
 
 
 def half_streams(call: Call) -> Call:

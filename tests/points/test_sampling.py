@@ -9,19 +9,8 @@ import torch
 
 import attnctrl as ac
 from tests import tiny
-from tests.probes import (
-    COND,
-    UNCOND,
-    Context,
-    Guide,
-    Latents,
-    Mask,
-    Noise,
-    only_first_key,
-    spied_steps,
-    watch,
-    watched,
-)
+from tests.probes import Context, Guide, Latents, Mask, Noise, only_first_key
+from tests.spies import COND, UNCOND, spied_steps, watch, watched
 
 
 @pytest.mark.parametrize("model", [tiny.sd, tiny.sdxl])

