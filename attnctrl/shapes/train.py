@@ -1,0 +1,179 @@
+"""Train a shapes model from nothing to a saved pipeline, by one command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from . import models
+from .budget import Budget
+from .crew import SOLO, Crew, run_crew
+from .ema import Average
+from .tokenizer import load_tokenizer
+from .train_autoencoder import AutoencoderRecipe, psnr, refine_decoder, train_autoencoder
+from .train_denoiser import DenoiserRecipe, encode_world, train_denoiser
+from .train_text import TextRecipe, train_text_encoder
+
+STAGES = ("autoencoder", "text", "denoiser", "decoder")
+SHARES = (0.19, 0.02, 0.71, 0.08)
+"""Each stage's part of `--minutes`; encoding the training scenes (some minutes) comes on top."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `attnctrl train-shapes`."""
+    parser.add_argument("name", choices=("sd",), help="which shapes model to train")
+    parser.add_argument("--out", type=Path, required=True, help="working directory; the pipeline goes to OUT/pipeline")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[80.0],
+        help=f"in all, or one number for each of {', '.join(STAGES)}",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=len(STAGES),
+        metavar="N",
+        help="steps of each stage instead of minutes; reproducible",
+    )
+    parser.add_argument("--scenes", type=int, help="how many scenes the denoiser learns from")
+    parser.add_argument("--batch", type=int, help="batch of the denoiser; a multiple of --processes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--processes", type=int, choices=(1, 2, 4), help="processes sharing the work on a cpu; default: as it has cores"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in OUT")
+
+
+def budgets(minutes: list[float], steps: list[int] | None) -> dict[str, Budget]:
+    """One budget per stage.
+
+    Raises:
+        ValueError: minutes is neither one number nor one per stage.
+    """
+    if steps is not None:
+        return {stage: Budget(steps=n) for stage, n in zip(STAGES, steps, strict=True)}
+    if len(minutes) == 1:
+        minutes = [minutes[0] * share for share in SHARES]
+    if len(minutes) != len(STAGES):
+        raise ValueError(f"--minutes takes 1 or {len(STAGES)} numbers, got {len(minutes)}")
+    return {stage: Budget(minutes=m) for stage, m in zip(STAGES, minutes, strict=True)}
+
+
+def save_pipeline(vae: AutoencoderTiny, unet: UNet2DConditionModel, text: CLIPTextModel, path: Path) -> None:
+    """Write a StableDiffusionPipeline in float16 safetensors. The models given are left as they are."""
+    parts = {"vae": models.autoencoder(), "unet": models.denoiser(), "text_encoder": text_encoder()}
+    for part, trained in zip(parts.values(), (vae, unet, text), strict=True):
+        part.load_state_dict({k: v.cpu() for k, v in trained.state_dict().items()})
+        part.to(torch.float16)
+    pipeline = StableDiffusionPipeline(
+        **parts,
+        tokenizer=load_tokenizer(),
+        scheduler=models.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(path, safe_serialization=True)
+
+
+def text_encoder() -> CLIPTextModel:
+    """An untrained text encoder that fits the committed tokenizer."""
+    tokenizer = load_tokenizer()
+    return models.text_encoder(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def load_denoiser(out: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, int]:
+    """The averaged models of the denoiser checkpoint in `out`, finished or not, and its step."""
+    modules = {"unet": models.denoiser(), "text": text_encoder()}
+    saved = torch.load(out / "denoiser.pt", map_location="cpu", weights_only=True)
+    average = Average(modules, 0.0)
+    average.load_state_dict(saved["state"]["average"])
+    average.copy_to(modules)
+    return modules["unet"].eval(), modules["text"].eval(), saved["step"]
+
+
+def export(out: Path, path: Path) -> int:
+    """Write the pipeline as it stands in the working directory `out` (training may be going on); returns the step."""
+    vae = AutoencoderTiny.from_pretrained(out / "vae")
+    if (out / "decoder.pt").exists():
+        vae = load_vae(out / "decoder.pt")
+    unet, text, step = load_denoiser(out)
+    save_pipeline(vae, unet, text, path)
+    return step
+
+
+def _autoencoder_stage(
+    crew: Crew, out: Path, budget: Budget, recipe: AutoencoderRecipe, device: str, resume: bool
+) -> None:
+    train_autoencoder(out, budget, recipe, device, resume, crew)
+
+
+def _text_stage(crew: Crew, out: Path, budget: Budget, recipe: TextRecipe, device: str, resume: bool) -> None:
+    text = train_text_encoder(out, budget, recipe, device, resume, crew)
+    if crew.rank == 0:
+        torch.save({k: v.cpu() for k, v in text.state_dict().items()}, out / "text_encoder.pt")
+
+
+def _denoiser_stage(crew: Crew, out: Path, budget: Budget, recipe: DenoiserRecipe, device: str, resume: bool) -> None:
+    text = text_encoder()
+    text.load_state_dict(torch.load(out / "text_encoder.pt", weights_only=True))
+    latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
+    train_denoiser(text, latents, out, budget, recipe, device, resume, crew)
+
+
+def _decoder_stage(crew: Crew, out: Path, budget: Budget, recipe: AutoencoderRecipe, device: str, resume: bool) -> None:
+    refine_decoder(AutoencoderTiny.from_pretrained(out / "vae"), out, budget, recipe, device, resume, crew)
+
+
+def load_vae(checkpoint: Path) -> AutoencoderTiny:
+    """The autoencoder in a checkpoint of an autoencoder or decoder stage."""
+    vae = models.autoencoder()
+    vae.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state"]["vae"])
+    return vae.eval()
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run every stage that is not finished yet; 0 on success."""
+    torch.set_flush_denormal(True)
+    out, device, resume = args.out, args.device, args.resume
+    out.mkdir(parents=True, exist_ok=True)
+    budget = budgets(args.minutes, args.steps)
+    cuda = device != "cpu"
+    processes = 1 if cuda else args.processes or max(n for n in (1, 2, 4) if n <= (os.cpu_count() or 1))
+    images = AutoencoderRecipe(seed=args.seed, images=16 if cuda else 4)
+    batch = args.batch or (128 if cuda else 16)
+    noise = DenoiserRecipe(seed=args.seed, batch=batch, scenes=args.scenes or DenoiserRecipe.scenes)
+
+    def run(stage: Callable[..., None], *work: Any) -> None:
+        if processes > 1:
+            run_crew(processes, stage, work, out / "meeting")
+        else:
+            stage(SOLO, *work)
+
+    run(_autoencoder_stage, out, budget["autoencoder"], images, device, resume)
+    vae = load_vae(out / "autoencoder.pt")
+    print(f"autoencoder: {psnr(vae):.2f} dB", flush=True)
+    if not (resume and (out / "latents.pt").exists()):
+        encode_world(vae, out, noise.scenes, device, processes)
+    run(_text_stage, out, budget["text"], TextRecipe(seed=args.seed), device, resume)
+    run(_denoiser_stage, out, budget["denoiser"], noise, device, resume)
+    run(_decoder_stage, out, budget["decoder"], images, device, resume)
+    print(f"autoencoder after decoder refinement: {psnr(load_vae(out / 'decoder.pt')):.2f} dB", flush=True)
+    export(out, out / "pipeline")
+    return 0
+
+
+if __name__ == "__main__":
+    _parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(_parser)
+    raise SystemExit(main(_parser.parse_args()))

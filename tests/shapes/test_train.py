@@ -1,0 +1,153 @@
+import argparse
+
+import pytest
+import torch
+
+from attnctrl.shapes import models
+from attnctrl.shapes.budget import Budget, Stage, learning_rate
+from attnctrl.shapes.crew import SOLO, Crew, run_crew
+from attnctrl.shapes.ema import Average
+from attnctrl.shapes.train import add_arguments, budgets, main, text_encoder
+from attnctrl.shapes.train_autoencoder import AutoencoderRecipe, refine_decoder, train_autoencoder
+from attnctrl.shapes.train_denoiser import DenoiserRecipe, encode_world, train_denoiser
+from attnctrl.shapes.train_text import TextRecipe, train_text_encoder
+
+IMAGES = AutoencoderRecipe(images=1, full_from=0.5)
+LATENTS = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+
+
+def autoencoder(out, resume):
+    return train_autoencoder(out, Budget(steps=4), IMAGES, resume=resume)
+
+
+def decoder(out, resume):
+    torch.manual_seed(3)
+    return refine_decoder(models.autoencoder(), out, Budget(steps=4), IMAGES, resume=resume)
+
+
+def text(out, resume):
+    return train_text_encoder(out, Budget(steps=4), TextRecipe(batch=4), resume=resume)
+
+
+def denoiser(out, resume):
+    torch.manual_seed(3)
+    recipe = DenoiserRecipe(batch=2, warmup=1)
+    unet, _ = train_denoiser(text_encoder(), LATENTS, out, Budget(steps=4), recipe, resume=resume)
+    return unet
+
+
+@pytest.mark.parametrize("stage", [autoencoder, decoder, text, denoiser])
+def test_resumed_equals_uninterrupted(stage, tmp_path, monkeypatch):
+    whole = stage(tmp_path / "whole", False).state_dict()
+    advance = Stage.advance
+
+    def stop_after_two(self):
+        advance(self)
+        if self.step == 2:
+            self.save()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stage, "advance", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path / "halves", False)
+    monkeypatch.setattr(Stage, "advance", advance)
+    resumed = stage(tmp_path / "halves", True).state_dict()
+    for name, value in whole.items():
+        assert torch.allclose(value, resumed[name], atol=1e-6), name
+
+
+def test_the_whole_command(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    line = f"sd --out {tmp_path} --steps 2 2 2 2 --scenes 4 --batch 2 --device cpu --processes 1"
+    assert main(parser.parse_args(line.split())) == 0
+    assert "after decoder refinement" in capsys.readouterr().out
+    assert (tmp_path / "pipeline" / "model_index.json").exists()
+    assert not list((tmp_path / "pipeline").rglob("*.bin"))
+    before = (tmp_path / "denoiser.pt").stat().st_size
+    assert main(parser.parse_args([*line.split(), "--resume"])) == 0
+    assert (tmp_path / "denoiser.pt").stat().st_size == before
+
+
+def test_encoding_whitens_and_folds(tmp_path):
+    torch.manual_seed(0)
+    vae = models.autoencoder().eval()
+    latents = encode_world(vae, tmp_path, 8).float()
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-2
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-2
+    saved = type(vae).from_pretrained(tmp_path / "vae")
+    assert torch.equal(saved.encoder.layers[0].weight, vae.encoder.layers[0].weight)
+
+
+def test_fold_whitening_is_exact_for_the_encoder():
+    torch.manual_seed(0)
+    vae = models.autoencoder()
+    image = torch.rand(1, 3, 64, 64)
+    mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([0.3, 2.0, 1.0, 1.3])
+    with torch.no_grad():
+        before = vae.encode(image).latents
+        models.fold_whitening(vae, mean, std)
+        after = vae.encode(image).latents
+    assert torch.allclose(after, (before - mean[:, None, None]) / std[:, None, None], atol=1e-4)
+
+
+def test_fast_decode_equals_decode_inside():
+    torch.manual_seed(0)
+    decoder_ = models.autoencoder().decoder
+    z = torch.randn(2, 4, 6, 6)
+    difference = (decoder_(z) - models.fast_decode(decoder_, z)).abs()
+    assert difference[..., 1:-1, 1:-1].max() < 1e-4
+    assert difference.max() > 1e-3
+
+
+def test_average_follows_and_survives_a_checkpoint():
+    layer = torch.nn.Linear(2, 2)
+    average = Average({"layer": layer}, decay=0.5)
+    start = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    average.update()  # the first update weighs the new weights by 1 - 2/11
+    assert torch.allclose(average.average["layer"]["weight"], start + 9 / 11)
+    other = Average({"layer": torch.nn.Linear(2, 2)}, decay=0.5)
+    other.load_state_dict(average.state_dict())
+    assert torch.equal(other.average["layer"]["weight"], average.average["layer"]["weight"])
+    assert other.updates == 1
+
+
+def test_budgets():
+    assert budgets([100.0], None)["denoiser"] == Budget(minutes=71.0)
+    assert budgets([1.0, 2.0, 3.0, 4.0], None)["decoder"] == Budget(minutes=4.0)
+    assert budgets([9.0], [1, 2, 3, 4])["text"] == Budget(steps=2)
+    with pytest.raises(ValueError, match="takes 1 or 4 numbers"):
+        budgets([1.0, 2.0], None)
+    with pytest.raises(ValueError, match="either steps or minutes"):
+        Budget(steps=1, minutes=1.0)
+
+
+def test_learning_rate():
+    assert learning_rate(1.0, 0.0, 0, warmup=10) == pytest.approx(0.1)
+    assert learning_rate(1.0, 0.3, 100, warmup=10, flat=0.3) == pytest.approx(1.0)
+    assert learning_rate(1.0, 0.65, 100, warmup=10, flat=0.3) == pytest.approx(0.5)
+    assert learning_rate(1.0, 1.0, 100, warmup=10, flat=0.3) == pytest.approx(0.0)
+
+
+def _average_gradient(crew, path):
+    model = crew.wrap(torch.nn.Linear(1, 1, bias=False))
+    model(crew.share(torch.tensor([[1.0], [3.0]]))).sum().backward()
+    agreed = crew.agree(float(crew.rank))
+    if crew.rank == 0:
+        torch.save((next(model.parameters()).grad, agreed), path)
+
+
+def test_a_crew_averages_gradients(tmp_path):
+    run_crew(2, _average_gradient, (tmp_path / "result",), tmp_path / "meeting")
+    gradient, agreed = torch.load(tmp_path / "result", weights_only=True)
+    assert gradient.item() == pytest.approx(2.0)
+    assert agreed == 1.0
+
+
+def test_alone_is_a_crew_of_one():
+    batch = torch.arange(4)
+    assert SOLO.share(batch).equal(batch)
+    assert Crew(1, 2).share(batch).tolist() == [1, 3]
+    assert SOLO.agree(3.0) == 3.0
