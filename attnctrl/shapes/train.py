@@ -144,7 +144,15 @@ def load_vae(checkpoint: Path) -> AutoencoderTiny:
 
 def main(args: argparse.Namespace) -> int:
     """Run every stage that is not finished yet; 0 on success."""
+    # Denormal numbers slow a CPU down; the setting belongs to the whole process, so it is put back.
     torch.set_flush_denormal(True)
+    try:
+        return _run_stages(args)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _run_stages(args: argparse.Namespace) -> int:
     out, device, resume = args.out, args.device, args.resume
     out.mkdir(parents=True, exist_ok=True)
     budget = budgets(args.minutes, args.steps)
