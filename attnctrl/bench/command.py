@@ -6,16 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from attnctrl.bench import dose, fidelity, layout, overhead
 from attnctrl.bench.compare import compare
-from attnctrl.bench.draw import DTYPES, Settings, load_pipeline
+from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
 from attnctrl.bench.results import Results, environment
 from attnctrl.bench.tables import results_table
 from attnctrl.errors import ControlError
+from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
 BENCHES = (*COMPARISONS, "overhead")
@@ -66,7 +68,7 @@ def _comparison(args: argparse.Namespace, bench: ModuleType) -> Results:
     results = _results(args, settings, images=images)
     if args.resume:
         results.resume()
-    pipe = load_pipeline(args.model, _device(args))
+    pipe = _load(args)
     compare(pipe, specs, args.objects or bench.OBJECTS, images, settings, results, bench.BOXES)
     print(results_table(results, bench.TABLE))
     return results
@@ -79,7 +81,7 @@ def _overhead(args: argparse.Namespace) -> Results:
     repetitions = args.images or (overhead.QUICK_REPETITIONS if args.quick else overhead.REPETITIONS)
     settings = _settings(args, steps=10, batch=max(overhead.BATCHES))
     results = _results(args, settings, repetitions=repetitions)
-    overhead.measure(load_pipeline(args.model, _device(args)), specs, repetitions, settings, results)
+    overhead.measure(_load(args), specs, repetitions, settings, results)
     print(overhead.table(results))
     return results
 
@@ -104,6 +106,13 @@ def _specs(args: argparse.Namespace, bench: ModuleType) -> list[Spec]:
     if bench is dose:
         return parse_methods(dose.default_methods(args.methods or dose.METHOD, args.param, args.values))
     return parse_methods(args.methods or bench.default_methods())
+
+
+def _load(args: argparse.Namespace) -> Any:
+    """The pipeline to measure, in float32 and without a progress bar of its own."""
+    pipe = load_pipeline(args.model, device=_device(args), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _device(args: argparse.Namespace) -> torch.device:

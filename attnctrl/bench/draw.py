@@ -1,4 +1,4 @@
-"""Loading a pipeline, and drawing a batch of tasks with it under controls."""
+"""Drawing a batch of tasks with a pipeline under controls."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import torch
 
 from attnctrl.bench.methods import Spec
 from attnctrl.bench.tasks import Task
-from attnctrl.errors import ControlError
 from attnctrl.run import control
 from attnctrl.shapes.layouts import Split
 
-SHAPES = "shapes-"
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
 
 
@@ -38,27 +36,6 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if k != "dtype"}
-
-
-def load_pipeline(model: str, device: torch.device) -> Any:
-    """`shapes-sd` and its like from the package; anything else is a folder or a name for `from_pretrained`.
-
-    Raises:
-        ControlError: there is no such shapes model.
-    """
-    if model.startswith(SHAPES):
-        from attnctrl.shapes import load
-
-        try:
-            pipe = load(model.removeprefix(SHAPES), device=device)
-        except ValueError as error:
-            raise ControlError(f"{error}.") from None
-    else:
-        from diffusers import DiffusionPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(model).to(device, torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @contextmanager
