@@ -14,7 +14,7 @@ from attnctrl.bench import dose, fidelity, layout, overhead
 from attnctrl.bench.compare import compare
 from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
-from attnctrl.bench.results import Results, environment
+from attnctrl.bench.results import Results, environment, fingerprint
 from attnctrl.bench.tables import results_table
 from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
@@ -65,10 +65,10 @@ def _comparison(args: argparse.Namespace, bench: ModuleType) -> Results:
     specs = _specs(args, bench)
     images = args.images or (bench.QUICK_IMAGES if args.quick else bench.IMAGES)
     settings = _settings(args, steps=25, batch=min(args.batch, images))
-    results = _results(args, settings, images=images)
+    pipe = _load(args)
+    results = _results(args, settings, images=images, weights=fingerprint(pipe))
     if args.resume:
         results.resume()
-    pipe = _load(args)
     compare(pipe, specs, args.objects or bench.OBJECTS, images, settings, results, bench.BOXES)
     print(results_table(results, bench.TABLE))
     return results
@@ -80,8 +80,9 @@ def _overhead(args: argparse.Namespace) -> Results:
     specs = parse_methods(args.methods or overhead.default_methods())
     repetitions = args.images or (overhead.QUICK_REPETITIONS if args.quick else overhead.REPETITIONS)
     settings = _settings(args, steps=10, batch=max(overhead.BATCHES))
-    results = _results(args, settings, repetitions=repetitions)
-    overhead.measure(_load(args), specs, repetitions, settings, results)
+    pipe = _load(args)
+    results = _results(args, settings, repetitions=repetitions, weights=fingerprint(pipe))
+    overhead.measure(pipe, specs, repetitions, settings, results)
     print(overhead.table(results))
     return results
 
@@ -97,7 +98,7 @@ def _settings(args: argparse.Namespace, steps: int, batch: int) -> Settings:
     )
 
 
-def _results(args: argparse.Namespace, settings: Settings, **more: int) -> Results:
+def _results(args: argparse.Namespace, settings: Settings, **more: int | str) -> Results:
     where = environment(_device(args), args.dtype)
     return Results(args.bench, args.model, {**settings.as_dict(), **more}, where, path=args.json)
 

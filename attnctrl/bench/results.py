@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -119,6 +120,17 @@ def _read(row: dict[str, Any]) -> Row:
     metrics = {name: Estimate(**e) for name, e in row["metrics"].items()}
     more = {k: v for k, v in row.items() if k not in (*known, "metrics", "ratio_to_none")}
     return Row(**{k: row[k] for k in known}, metrics=metrics, more=more)
+
+
+def fingerprint(pipe: Any) -> str:
+    """Twelve hex digits that change when a model is trained anew under the same name."""
+    digest = hashlib.blake2b(digest_size=6)
+    for _, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module):
+            for name, tensor in sorted(part.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def environment(device: torch.device, dtype: str) -> dict[str, Any]:

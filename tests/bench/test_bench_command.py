@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from attnctrl.bench import add_arguments, main
+from attnctrl.bench.results import fingerprint
 from attnctrl.shapes import models
 from attnctrl.shapes.tokenizer import load_tokenizer
 
@@ -77,6 +78,7 @@ def test_resume_keeps_finished_rows_and_draws_the_rest(bench: Any) -> None:
     assert status == 0
     assert [row["method"] for row in second["rows"]] == ["none", "region-mask"]
     assert second["rows"][0] == first["rows"][0]
+    assert bench("layout --images 2 --objects 2 --methods none --resume --guidance 7")[0] == 2
     assert bench("layout --images 3 --objects 2 --methods none --resume")[0] == 2
 
 
@@ -124,3 +126,12 @@ def test_overhead_compares_with_the_stock_pipeline_at_each_batch_size(bench: Any
     assert loss["losses"] == 2  # one in each of the two steps
     assert {"ratio", "ratio_cpu", "loss_to_forward", "loss_to_forward_backward"} == set(loss["metrics"])
     assert "| denoiser forward + backward" in capsys.readouterr().out
+
+
+def test_a_model_trained_anew_under_the_same_name_is_told_apart(model: str) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    before = fingerprint(pipe)
+    assert before == fingerprint(StableDiffusionPipeline.from_pretrained(model))
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1e-3)
+    assert before != fingerprint(pipe)
