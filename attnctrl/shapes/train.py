@@ -170,13 +170,13 @@ def _run_stages(args: argparse.Namespace) -> int:
 
     run(_autoencoder_stage, out, budget["autoencoder"], images, device, resume)
     vae = load_vae(out / "autoencoder.pt")
-    print(f"autoencoder: {psnr(vae):.2f} dB", flush=True)
+    print(f"autoencoder: {psnr(vae, 24):.2f} dB", flush=True)
     if not (resume and (out / "latents.pt").exists()):
         encode_world(vae, out, noise.scenes, device, processes)
     run(_text_stage, out, budget["text"], TextRecipe(seed=args.seed), device, resume)
     run(_denoiser_stage, out, budget["denoiser"], noise, device, resume)
     run(_decoder_stage, out, budget["decoder"], images, device, resume)
-    print(f"autoencoder after decoder refinement: {psnr(load_vae(out / 'decoder.pt')):.2f} dB", flush=True)
+    print(f"autoencoder after decoder refinement: {psnr(load_vae(out / 'decoder.pt'), 24):.2f} dB", flush=True)
     export(out, out / "pipeline")
     return 0
 
