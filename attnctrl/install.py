@@ -33,6 +33,7 @@ class Installation:
         self.sites: list[Site] = []
         self.foreign: dict[str, str] = {}
         self.undo: list[Callable[[], None]] = []
+        self.frozen: list[torch.nn.Parameter] = []
 
     def current(self) -> Run | None:
         """The run of this thread that is in the middle of a sampling on this model."""
@@ -62,7 +63,16 @@ class Installation:
         for block, around in self.family.compiled_blocks():
             self.undo.append(enclose(block, around))
 
+    def freeze(self) -> None:
+        """Stop tracking gradients by the weights, whose saved activations would cost a loss most of its memory."""
+        loose = [p for p in self.family.model.parameters() if p.requires_grad]
+        for parameter in loose:
+            parameter.requires_grad_(False)
+        self.frozen += loose
+
     def remove(self) -> None:
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
         for module, ours, stock in self.placed:
             # Someone who exchanged the processor inside the block wants theirs to stay.
             if module.processor is ours:
@@ -95,8 +105,11 @@ def latest(runs: Iterable[Run]) -> Run | None:
     return max(busy, key=lambda run: run.sampling.begun if run.sampling else -1, default=None)
 
 
-def acquire(family: Any) -> Installation:
-    """The installation on the family's model, made if there is none yet; give it back with `release`."""
+def acquire(family: Any, *, frozen: bool = False) -> Installation:
+    """The installation on the family's model, made if there is none yet; give it back with `release`.
+
+    frozen: gradients by the latents will be taken, so the weights need none until the last user has gone.
+    """
     with _LOCK:
         found = next((m.processor.owner for _, m in family.sites() if isinstance(m.processor, family.processor)), None)
         # A model compiled after the first run entered has another outer module, whose hooks would be missing.
@@ -111,6 +124,8 @@ def acquire(family: Any) -> Installation:
             except BaseException:
                 found.remove()
                 raise
+        if frozen:
+            found.freeze()
         found.users += 1
         return found
 

@@ -69,7 +69,8 @@ class Run:
 
     # attach and restore -------------------------------------------------------------------------------------
     def attach(self) -> None:
-        self.installation = acquire(self.family)
+        descends = any("loss" in c.points() and not c.idle for c in self.controls)
+        self.installation = acquire(self.family, frozen=descends)
         self._refuse_foreign()
         self._shadow(self.pipe, "encode_prompt", self._encode_prompt)
         self._shadow_step()

@@ -85,8 +85,10 @@ class Sampler:
             uncond, scale = predicted[branches["uncond"]], float(self.run.pipe.guidance_scale)
 
         def again(context: torch.Tensor | None) -> torch.Tensor:
+            # Under torch.compile the masks travel in the keyword arguments that are sent again here.
+            plain = self.family.with_masks(kwargs, {}) if self.family.compiled else kwargs
             with self._inside(silent=True):
-                return self._forward(args, kwargs, None, context)[0]
+                return self._forward(args, plain, None, context)[0]
 
         wanted = cond
         for one in guides:

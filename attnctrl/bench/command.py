@@ -81,8 +81,9 @@ def _overhead(args: argparse.Namespace) -> Results:
     repetitions = args.images or (overhead.QUICK_REPETITIONS if args.quick else overhead.REPETITIONS)
     settings = _settings(args, steps=10, batch=max(overhead.BATCHES))
     pipe = _load(args)
-    results = _results(args, settings, repetitions=repetitions, weights=fingerprint(pipe))
-    overhead.measure(pipe, specs, repetitions, settings, results)
+    with overhead.one_thread(pipe.device):
+        results = _results(args, settings, repetitions=repetitions, weights=fingerprint(pipe))
+        overhead.measure(pipe, specs, repetitions, settings, results)
     print(overhead.table(results))
     return results
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,8 +38,7 @@ def default_methods() -> str:
 class Variant:
     """Something to time. run: does it once and returns how many losses were evaluated.
 
-    seconds: of the wall clock, one per repetition; cpu_seconds: of the processor, all threads together, which other
-    processes on the machine hardly change.
+    seconds: of the wall clock, one per repetition; cpu_seconds: of the processor, which other processes hardly change.
     """
 
     name: str
@@ -56,6 +55,18 @@ class Variant:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - wall, time.process_time() - cpu
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On the CPU, one thread: of several, those that wait spin, and their time counts as work when others run."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def sampling_variants(pipe: Any, tasks: Sequence[Task], specs: Sequence[Spec], settings: Settings) -> list[Variant]:

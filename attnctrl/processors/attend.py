@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from attnctrl.errors import ControlError
 from attnctrl.kernels import attention, combine_masks, logits
 from attnctrl.processors.work import Work
 from attnctrl.sampling import Active
@@ -72,8 +73,14 @@ def _mask(call: Call, active: tuple[Active, ...], work: Work) -> torch.Tensor | 
     for one, timed in _having("mask", active, call, work):
         with timed:
             mask = one.control.mask(call, one.state)
-        if mask is not None:
-            masks.append(mask)
+        if mask is None:
+            continue
+        if mask.ndim != 4:
+            raise ControlError(
+                f"{one.control.name}.mask returned a mask of shape {tuple(mask.shape)} at {call.site.name}: it must "
+                "have the 4 axes (batch, heads, queries, keys), of size 1 where they do not matter."
+            )
+        masks.append(mask)
     return combine_masks(masks)
 
 

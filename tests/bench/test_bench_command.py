@@ -120,6 +120,7 @@ def test_overhead_compares_with_the_stock_pipeline_at_each_batch_size(bench: Any
     rows = {(row["method"], row["batch"]): row for row in found["rows"]}
     assert status == 0
     assert {batch for _, batch in rows} == {1, 4}
+    assert found["environment"]["threads"] == 1
     assert rows["none", 4]["metrics"]["ratio"]["value"] == 1
     assert {"no controls", "region-mask", "recording 2 phrases"} <= {method for method, _ in rows}
     loss = rows["attend-excite{window=0..1}", 1]

@@ -112,6 +112,21 @@ def test_boolean_masks_and_sampling_points_work_together() -> None:
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_guide_that_runs_the_denoiser_again_gets_it_without_masks(way: str) -> None:
+    """As on the uncompiled pipeline, where `Prediction.again` is the stock denoiser."""
+    pipe, found = small(), []
+    again = Guide(make=lambda prediction: (found.append(prediction.again(None)), prediction.combined)[1])
+    mask = Mask(make=only_first_key, where=ac.Where(kinds=("cross", "self")))
+    with ac.control(pipe, mask, again):
+        tiny.draw(pipe, steps=1)
+    WAYS[way](pipe)
+    with ac.control(pipe, mask, again):
+        tiny.draw(pipe, steps=1)
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found[1], again.got[1].cond, atol=1e-3)
+
+
 REFUSED: dict[str, tuple[Callable[[], ac.Control], str]] = {
     "a loss": (lambda: ac.LoCo(REGIONS), r"LoCo needs gradients: use the pipeline without torch\.compile"),
     "another loss": (lambda: Token(), r"Token needs gradients"),

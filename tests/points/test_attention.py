@@ -154,3 +154,12 @@ def test_controls_act_in_the_order_given() -> None:
     with ac.control(pipe, Scores(edit=note("first"), where=where), Scores(edit=note("second"), where=where)):
         tiny.draw(pipe, steps=1)
     assert order == ["first", "second"]
+
+
+def test_a_mask_without_four_axes_is_refused() -> None:
+    pipe = tiny.sd()
+    with (
+        pytest.raises(ac.ControlError, match=r"Mask\.mask returned a mask of shape \(64, 7\) at down_blocks.*4 axes"),
+        ac.control(pipe, Mask(make=lambda call: torch.ones(64, 7, dtype=torch.bool))),
+    ):
+        tiny.draw(pipe, steps=1)

@@ -108,6 +108,23 @@ def test_the_forward_for_a_loss_stops_after_the_last_site_that_it_reads() -> Non
     assert count_calls(pipe, down, mid) == {"down_blocks.0": 8, "mid_block": 8, "up_blocks.1": 2, "conv_out": 2}
 
 
+def test_weights_track_no_gradients_while_a_loss_is_at_work() -> None:
+    """They would keep the activations of every layer; afterwards each tracks them as before."""
+    pipe = tiny.sd()
+    trained = pipe.unet.conv_in.weight.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in pipe.unet.named_parameters()}
+    assert any(before.values())
+    with ac.control(pipe, Token(scale=0.0)):
+        assert not any(p.requires_grad for p in pipe.unet.parameters())
+        with ac.control(pipe, Token(scale=0.0)):
+            pass
+        assert not any(p.requires_grad for p in pipe.unet.parameters())
+    assert {n: p.requires_grad for n, p in pipe.unet.named_parameters()} == before
+    assert not trained.requires_grad
+    with ac.control(pipe, Mask()):
+        assert {n: p.requires_grad for n, p in pipe.unet.named_parameters()} == before
+
+
 def test_two_losses_move_together() -> None:
     pipe = tiny.sd()
     where = ac.Where(blocks=("mid",))
