@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
-    """An argument that callers pass by position or by name."""
-    return args[position] if len(args) > position else kwargs[name]
+class Signature:
+    """Reads and replaces arguments of one function, which callers pass by position or by name."""
 
+    def __init__(self, function: Callable) -> None:
+        self.names = [n for n in inspect.signature(function).parameters if n != "self"]
 
-def with_argument(
-    args: tuple, kwargs: dict[str, Any], position: int, name: str, value: Any
-) -> tuple[tuple, dict[str, Any]]:
-    if len(args) > position:
-        return (*args[:position], value, *args[position + 1 :]), kwargs
-    return args, {**kwargs, name: value}
+    def get(self, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
+        """The argument's value; None where it is not given."""
+        position = self.names.index(name)
+        return args[position] if len(args) > position else kwargs.get(name)
+
+    def put(self, args: tuple, kwargs: dict[str, Any], name: str, value: Any) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with another value of one of them."""
+        position = self.names.index(name)
+        if len(args) > position:
+            return (*args[:position], value, *args[position + 1 :]), kwargs
+        return args, {**kwargs, name: value}
 
 
 def ordinary(tree: Any) -> Any:

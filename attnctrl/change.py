@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -16,16 +18,20 @@ class Change:
         self.delta = None
 
     def add(self, delta: torch.Tensor) -> None:
-        """Add a move, float32 (pictures, latent channels, height, width); zeros leave the stock tensors in use."""
+        """Add a move, float32 in the sampler's layout, one row per picture; zeros leave the stock tensors in use."""
         if bool((delta != 0).any()):
             self.delta = delta if self.delta is None else self.delta + delta
 
-    def of_input(self, sample: torch.Tensor) -> torch.Tensor:
-        """The denoiser's input with the change in the latent channels of every branch; without one, the same tensor."""
+    def of_input(self, sample: torch.Tensor, latents: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The denoiser's input with the change in every branch; without one, the same tensor.
+
+        latents: gives the view of the sampler's latents in an input.
+        """
         if self.delta is None:
             return sample
         moved = sample.clone()
-        moved[:, : self.delta.shape[1]] += self.delta.to(sample.dtype).repeat(len(sample) // len(self.delta), 1, 1, 1)
+        repeats = (len(sample) // len(self.delta), *[1] * (self.delta.ndim - 1))
+        latents(moved).add_(self.delta.to(sample.dtype).repeat(repeats))
         return moved
 
     def of_latents(self, sample: torch.Tensor, scale: float) -> torch.Tensor:

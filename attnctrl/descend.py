@@ -58,19 +58,19 @@ def descend(
     sampling: Sampling,
     losses: list[tuple[Active, Descent, set[str]]],
     sample: torch.Tensor,
+    latents: Callable[[torch.Tensor], torch.Tensor],
     forward: Callable[[torch.Tensor, Reader], Any],
     stop: bool,
 ) -> torch.Tensor:
     """The change that the losses make to the conditional rows of the denoiser's input.
 
-    sample: (batch, channels, height, width), latent channels first; conditions may follow and stay as they are.
-    forward: runs the denoiser on a sample while the reader listens. stop: end that pass after the last map read.
-    Returns float32 (batch, latent channels, height, width). All losses share one pass per iteration and move the
-    latents together; each picture stops on its own.
+    sample: those rows; what is no latents, such as the conditions of inpainting, stays as it is. latents: gives the
+    view of the sampler's latents in it. forward: runs the denoiser on a sample while the reader listens. stop: end
+    that pass after the last map read. Returns the change of the latents in float32. All losses share one pass per
+    iteration and move the latents together; each picture stops on its own.
     """
     step = sampling.step
     assert step is not None
-    channels = sampling.latent_channels
     wanted = frozenset().union(*(names for _, _, names in losses))
     # Fresh tensors with inference mode off: ComfyUI calls from inside it, where no gradient exists.
     with torch.inference_mode(False), torch.enable_grad():
@@ -79,7 +79,7 @@ def descend(
             for active, descent, names in losses
         ]
         moved = sample.clone().detach()
-        start = moved[:, :channels].float().clone()
+        start = latents(moved).float().clone()
         for iteration in range(max(m.descent.iterations for m in members)):
             running = [m for m in members if iteration < m.descent.iterations and bool(m.open.any())]
             if not running:
@@ -95,8 +95,8 @@ def descend(
             gradient = _gradient(total, leaf, running)
             del total  # and with it the graph, before the next pass builds its own
             moved = moved.detach()
-            moved[:, :channels] -= gradient[:, :channels].to(moved.dtype)
-        return moved[:, :channels].float() - start
+            latents(moved).sub_(latents(gradient).to(moved.dtype))
+        return latents(moved).float() - start
 
 
 def _weighted(sampling: Sampling, running: list[_Member], maps: StepMaps, iteration: int) -> Iterator[torch.Tensor]:

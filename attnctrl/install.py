@@ -84,19 +84,18 @@ class Installation:
         run = self.current()
         return None if run is None else run.before_denoiser(args, *rest)
 
-    def _after(self, module: Any, args: tuple, *rest: Any) -> Any:
+    def _after(self, module: Any, args: tuple, *rest: Any) -> None:
         run = self.current()
-        if run is None:
-            # Without kwargs, too: torch forgets that we asked for them when another thread removes us mid-call.
-            return None
-        kwargs, output = rest
-        return run.after_denoiser(args, kwargs, output)
+        # Outside a run, without kwargs too: torch forgets that we asked for them when another thread removes us.
+        if run is not None:
+            kwargs, output = rest
+            run.after_denoiser(args, kwargs, output)
 
     def _around(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         args, kwargs = self._before(None, args, kwargs) or (args, kwargs)
         output = call(*args, **kwargs)
-        changed = self._after(None, args, kwargs, output)
-        return output if changed is None else changed
+        self._after(None, args, kwargs, output)
+        return output
 
 
 def latest(runs: Iterable[Run]) -> Run | None:

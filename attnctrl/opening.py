@@ -31,16 +31,13 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         raise ControlError(f"control(prompt=...) names {len(prompts)} prompts for embeddings of {count}.")
 
     def tokenize() -> list[list[PromptTokens]]:
-        second = arguments.get("prompt_2") or prompts
         per_encoder = []
-        for name, texts in (("tokenizer", prompts), ("tokenizer_2", second)):
-            tokenizer = getattr(pipe, name, None)
-            if tokenizer is None or texts is None:
-                continue
+        for reader in family.readers(pipe, arguments):
+            texts = arguments.get(reader.argument) or prompts or []
             texts = [texts] if isinstance(texts, str) else texts
             # Textual inversion spreads one word over several tokens; the pipeline does the same before encoding.
             convert = getattr(pipe, "maybe_convert_prompt", lambda t, _: t)
-            per_encoder.append([PromptTokens.read(tokenizer, convert(t, tokenizer)) for t in texts])
+            per_encoder.append([reader.read(convert(t, reader.tokenizer)) for t in texts])
         return [list(one) for one in zip(*per_encoder, strict=True)]
 
     def encode(texts: list[str]) -> Text:

@@ -10,11 +10,49 @@ from attnctrl.errors import ControlError
 
 
 @dataclass(frozen=True)
+class Reader:
+    """How a pipeline turns one of its prompts into text tokens of the denoiser.
+
+    argument: the prompt's name in `encode_prompt`; where it is None, "prompt" counts. limit: how many tokens the
+    encoder takes, None for the tokenizer's own limit. offset: where its first token stands among the denoiser's
+    text tokens. template, drop: what the prompt is put into, and how many of the first tokens are cut off again.
+    """
+
+    tokenizer: Any
+    argument: str = "prompt"
+    limit: int | None = None
+    offset: int = 0
+    template: str = "{}"
+    drop: int = 0
+
+    def read(self, prompt: str) -> PromptTokens:
+        """Tokenize `prompt` as the pipelines do, without truncating. Raises ControlError for slow tokenizers."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ControlError(
+                f"{type(self.tokenizer).__name__} gives no character offsets, so phrases cannot be found in the "
+                "prompt: load its fast form (transformers 5 does so by default)."
+            )
+        encoded = self.tokenizer(self.template.format(prompt), return_offsets_mapping=True, truncation=False)
+        ids = encoded["input_ids"][self.drop :]
+        tokens = tuple(t.replace("</w>", "") for t in self.tokenizer.convert_ids_to_tokens(ids))
+        start = self.template.index("{}")
+        spans = tuple(_within(a - start, b - start, len(prompt)) for a, b in encoded["offset_mapping"][self.drop :])
+        limit = int(self.limit or self.tokenizer.model_max_length)
+        return PromptTokens(prompt, tokens, spans, limit, min(len(ids), limit) - 1, self.offset)
+
+
+def _within(start: int, end: int, length: int) -> tuple[int, int]:
+    """Characters of the prompt only: a token of the template around it has none."""
+    return (int(start), int(end)) if 0 <= start < end <= length else (0, 0)
+
+
+@dataclass(frozen=True)
 class PromptTokens:
     """One prompt as one tokenizer sees it.
 
-    spans: for each position of the encoder's input, the (start, end) characters of the prompt, (0, 0) for special
+    spans: for each position of the encoder's output, the (start, end) characters of the prompt, (0, 0) for special
     tokens. tokens: their texts. limit: how many positions the encoder has. end: position of the end-of-text token.
+    offset: where position 0 stands among the denoiser's text tokens, which is what `occurrences` and `find` count.
     """
 
     prompt: str
@@ -22,21 +60,7 @@ class PromptTokens:
     spans: tuple[tuple[int, int], ...]
     limit: int
     end: int
-
-    @classmethod
-    def read(cls, tokenizer: Any, prompt: str) -> PromptTokens:
-        """Tokenize `prompt` as the pipelines do, without truncating. Raises ControlError for slow tokenizers."""
-        if not getattr(tokenizer, "is_fast", False):
-            raise ControlError(
-                f"{type(tokenizer).__name__} gives no character offsets, so phrases cannot be found in the prompt: "
-                "load its fast form (transformers 5 does so by default)."
-            )
-        encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=False)
-        ids = encoded["input_ids"]
-        tokens = tuple(t.replace("</w>", "") for t in tokenizer.convert_ids_to_tokens(ids))
-        spans = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"])
-        limit = int(tokenizer.model_max_length)
-        return cls(prompt, tokens, spans, limit, min(len(ids), limit) - 1)
+    offset: int = 0
 
     def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
         """Token positions of each place where `phrase` stands in the prompt as whole words, ignoring case."""
@@ -48,7 +72,7 @@ class PromptTokens:
         for match in re.finditer(pattern, self.prompt, flags=re.IGNORECASE):
             inside = [i for i, (a, b) in enumerate(self.spans) if a < match.end() and b > match.start() and a < b]
             if inside:
-                found.append(tuple(inside))
+                found.append(tuple(i + self.offset for i in inside))
         return found
 
     def find(self, phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
@@ -72,9 +96,10 @@ class PromptTokens:
             places = [places[occurrence]]
         positions = tuple(sorted({i for place in places for i in place}))
         # The last position always belongs to the end-of-text token.
-        if positions[-1] >= self.limit - 1:
+        last = positions[-1] - self.offset
+        if last >= self.limit - 1:
             raise ControlError(
-                f'the phrase "{phrase}" ends at token {positions[-1]}, beyond the text encoder\'s window of '
+                f'the phrase "{phrase}" ends at token {last}, beyond the text encoder\'s window of '
                 f"{self.limit} tokens: shorten the prompt or move the phrase forward."
             )
         return positions
@@ -87,7 +112,7 @@ class PromptTokens:
 
 
 def find_everywhere(prompts: list[PromptTokens], phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
-    """Positions of `phrase` for models with several text encoders side by side (SDXL): their union.
+    """Positions of `phrase` for models with several text encoders (SDXL, SD3): their union.
 
     A phrase must stand in the first prompt; a different second prompt (`prompt_2`) may lack it.
     """

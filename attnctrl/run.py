@@ -14,7 +14,7 @@ from attnctrl.install import RUNS, Installation, acquire, latest, release
 from attnctrl.maps import Maps
 from attnctrl.opening import open_sampling
 from attnctrl.processors import family_of
-from attnctrl.processors.unet import UNetFamily
+from attnctrl.processors.family import Family
 from attnctrl.processors.work import Work
 from attnctrl.report import Report
 from attnctrl.sampler import Sampler
@@ -40,7 +40,7 @@ class Run:
         self.controls: tuple[Control, ...] = (*(outer[-1].controls if outer else ()), *controls)
         self.record = record
         self.prompt = prompt
-        self.family: UNetFamily = family_of(pipe)
+        self.family: Family = family_of(pipe)
         self.samplings: list[Sampling] = []
         self.installation: Installation | None = None
         self.sampler: Sampler | None = None
@@ -146,8 +146,9 @@ class Run:
     def before_denoiser(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         return self.sampler.before_denoiser(args, kwargs) if self.sampler else None
 
-    def after_denoiser(self, args: tuple, kwargs: dict, output: Any) -> Any:
-        return self.sampler.after_denoiser(args, kwargs, output) if self.sampler else None
+    def after_denoiser(self, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.sampler:
+            self.sampler.after_denoiser(args, kwargs, output)
 
     def work(self, site: Site) -> Work | None:
         return self.sampler.work(site) if self.sampler else None

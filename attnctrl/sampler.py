@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnctrl.calls import argument, last_rows, ordinary, previous, with_argument, with_previous
+from attnctrl.calls import Signature, last_rows, ordinary, previous, with_previous
 from attnctrl.change import Change
 from attnctrl.compiled import site_masks
 from attnctrl.control import ATTENTION_POINTS
 from attnctrl.descend import Reader, descend
 from attnctrl.errors import ControlError
 from attnctrl.guidance import Prediction
-from attnctrl.processors.work import Branch, Work, branches_of
+from attnctrl.processors.work import Branch, Work
 from attnctrl.recording import Recorder, wants_record
 from attnctrl.sampling import Active, Sampling
 from attnctrl.schedule import Schedule
-from attnctrl.sites import Site, Step
+from attnctrl.sites import MASKS, SOURCE, Grid, Site, Step
 
 if TYPE_CHECKING:
     from attnctrl.run import Run
@@ -32,15 +32,18 @@ class Sampler:
         self.run, self.sampling, self.family = run, sampling, run.family
         self.scheduler = run.pipe.scheduler
         self.schedule = Schedule(self.scheduler)
+        self.step_signature = Signature(type(self.scheduler).step)
         self.started = False
         self.steps_done = 0
-        self.edited = -1
+        self.calls = 0
         self.change = Change()
+        self.predicted: dict[str, torch.Tensor] = {}
+        self.conditional: tuple[tuple, dict[str, Any]] = ((), {})
         self.recorder: Recorder | None = None
         self.reader: Reader | None = None
         self.inner = False
         self.silent = False
-        self.rows = 0
+        self.rows = self.text = 0
         # With nothing to do and nothing to record the hooks and processors pass everything by.
         self.idle = all(c.idle for c in run.controls) and not wants_record(run.controls, run.record)
 
@@ -49,84 +52,102 @@ class Sampler:
         """Pre-hook: starts the sampling, runs the noise and loss points once per step, hands on the new latents."""
         if self.inner or self.idle:
             return None
-        sample, timestep = argument(args, kwargs, 0, "sample"), argument(args, kwargs, 1, "timestep")
-        self.rows = sample.shape[0]
+        names, signature = self.family.names, self.family.signature
+        sample = signature.get(args, kwargs, names.latents)
+        self.rows, self.text = sample.shape[0], signature.get(args, kwargs, names.text).shape[1]
+        self.calls += 1
         self.branches()  # raises for batches that we do not understand
-        if self.edited != self.steps_done:
-            self.edited = self.steps_done
-            self.change.clear()
-            self.sampling.step = self.schedule.step(timestep, self.sampling.steps_seen)
+        if self.calls == 1:
+            timestep = self.family.timestep(signature.get(args, kwargs, names.timestep))
+            self.sampling.step = self.schedule.step(timestep, self.steps_done)
             self.sampling.steps_seen.append(self.sampling.step)
             if not self.started:
-                self._start(sample)
+                self._start(sample, self.family.latent_grid(args, kwargs))
                 self._edit_noise(sample)
-            self._descend(args, kwargs, self.change.of_input(sample), self.sampling.step)
-        changed = self.change.of_input(sample)
+            self._descend(args, kwargs, self._moved(sample), self.sampling.step)
+        changed = self._moved(sample)
         if changed is not sample:
-            args, kwargs = with_argument(args, kwargs, 0, "sample", changed)
+            args, kwargs = signature.put(args, kwargs, names.latents, changed)
         if self.family.compiled:
             assert self.sampling.step is not None
             masks = site_masks(self, self.sampling.step)
             if masks:
-                kwargs = self.family.with_masks(kwargs, masks)
+                kwargs = self.family.with_extra(kwargs, MASKS, masks)
         return args, kwargs
 
-    def after_denoiser(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: the guide point. For g wanted, (u, u + (g - u) / s) makes the pipeline arrive at g."""
+    def after_denoiser(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: keeps the predictions for the guide point."""
         step = self.sampling.step
-        guides = [] if self.inner or step is None else self._active("guide", step)
-        if not guides or step is None:
-            return None
-        predicted = output[0]
-        branches = {b.name: b.rows for b in self.branches()}
-        cond, uncond = predicted[branches["cond"]], None
-        scale = 1.0
-        if "uncond" in branches:
-            uncond, scale = predicted[branches["uncond"]], float(self.run.pipe.guidance_scale)
-
-        def again(context: torch.Tensor | None) -> torch.Tensor:
-            # Under torch.compile the masks travel in the keyword arguments that are sent again here.
-            plain = self.family.with_masks(kwargs, {}) if self.family.compiled else kwargs
-            with self._inside(silent=True):
-                return self._forward(args, plain, None, context)[0]
-
-        wanted = cond
-        for one in guides:
-            prediction = Prediction(cond, uncond, scale, again)
-            with self.sampling.report.timed(one.index, one.control.name, "guide", step.index):
-                wanted = one.control.guide(prediction, step, one.state)
-            cond = wanted if uncond is None else uncond + (wanted - uncond) / scale
-        changed = predicted.clone()
-        changed[branches["cond"]] = cond
-        if isinstance(output, tuple):
-            return (changed, *output[1:])
-        output.sample = changed
-        return output
+        if self.inner or step is None or not self._active("guide", step):
+            return
+        for branch in self.branches():
+            self.predicted[branch.name] = output[0][branch.rows]
+            if branch.name == "cond":
+                self.conditional = args, kwargs
 
     def scheduler_step(self, stock: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The scheduler's step: receives the same change as the denoiser did; then the latents point."""
+        """The scheduler's step: first the guide point; the same change as the denoiser received; the latents point."""
+        signature, step, grid = self.step_signature, self.sampling.step, self.sampling.latent_grid
+        if self.predicted and step is not None:
+            combined = signature.get(args, kwargs, "model_output")
+            args, kwargs = signature.put(args, kwargs, "model_output", self._guided(combined, step))
         if self.change.delta is not None:
-            sample = argument(args, kwargs, 2, "sample")
-            moved = self.change.of_latents(sample, self.schedule.input_scale(self.sampling.step))
-            args, kwargs = with_argument(args, kwargs, 2, "sample", moved)
+            moved = self.change.of_latents(signature.get(args, kwargs, "sample"), self.schedule.input_scale(step))
+            args, kwargs = signature.put(args, kwargs, "sample", moved)
         result = stock(*args, **kwargs)
         self.steps_done += 1
+        self.calls = 0
         self.change.clear()
-        step = self.sampling.step
+        self.predicted.clear()
         if step is not None:
             for one in self._active("latents", step):
+                before = previous(result)
                 with self.sampling.report.timed(one.index, one.control.name, "latents", step.index):
-                    latents = one.control.latents(previous(result), step, one.state)
-                result = with_previous(result, latents)
+                    latents = one.control.latents(self.family.unpacked(before, grid), step, one.state)
+                result = with_previous(result, self.family.packed(latents, grid))
             if step.index == step.total - 1:
                 self.sampling.finished = True
         return result
+
+    def _guided(self, combined: torch.Tensor, step: Step) -> torch.Tensor:
+        """The prediction that the guide controls want in place of the pipeline's combination."""
+        grid = self.sampling.latent_grid
+
+        def seen(tensor: torch.Tensor) -> torch.Tensor:
+            return self.family.unpacked(self.family.prediction(tensor, grid), grid)
+
+        def again(context: torch.Tensor | None) -> torch.Tensor:
+            args, kwargs = self.conditional
+            if self.family.compiled:
+                # The masks of the step travel in the keyword arguments that are sent again here.
+                kwargs = self.family.with_extra(kwargs, MASKS, {})
+            with self._inside(silent=True):
+                return seen(self._forward(args, kwargs, None, context)[0])
+
+        uncond = self.predicted.get("uncond")
+        prediction = Prediction(
+            seen(self.predicted["cond"]),
+            None if uncond is None else seen(uncond),
+            self.family.unpacked(combined, grid),
+            again,
+        )
+        for one in self._active("guide", step):
+            with self.sampling.report.timed(one.index, one.control.name, "guide", step.index):
+                prediction = prediction.after(one.control.guide(prediction, step, one.state))
+        return self.family.packed(prediction.combined, grid).to(combined.dtype)
+
+    def _moved(self, sample: torch.Tensor) -> torch.Tensor:
+        """The denoiser's input with this step's change."""
+        grid = self.sampling.latent_grid
+        return self.change.of_input(sample, lambda given: self.family.latents(given, grid))
 
     # what processors ask -------------------------------------------------------------------------------------
     def branches(self) -> tuple[Branch, ...]:
         """The guidance branches of the batch that the denoiser is given now."""
         pictures = self.sampling.batch
-        return branches_of(self.rows if self.reader is None else pictures, pictures)
+        if self.reader is not None:
+            return (Branch("cond", slice(0, pictures)),)
+        return self.family.branches(self.rows, pictures, self.calls - 1)
 
     def work(self, site: Site) -> Work | None:
         """What the processor of `site` has to do in this call; None for the stock attention."""
@@ -147,6 +168,7 @@ class Sampler:
         return Work(
             step=step,
             latents=self.sampling.latent_grid,
+            text=self.text,
             branches=branches,
             active=active,
             report=self.sampling.report,
@@ -155,14 +177,13 @@ class Sampler:
         )
 
     # one sampling --------------------------------------------------------------------------------------------
-    def _start(self, sample: torch.Tensor) -> None:
+    def _start(self, sample: torch.Tensor, grid: Grid) -> None:
         """The latents are known now: find the sites, let every control check its input and make its state."""
         self.started = True
         sampling = self.sampling
         installation = self.run.installation
         assert installation is not None
-        sampling.latent_grid = self.family.latent_grid(sample)
-        sampling.latent_channels = self.family.latent_channels()
+        sampling.latent_grid = grid
         sampling.device, sampling.dtype = sample.device, sample.dtype
         sampling.sites = list(installation.sites)
         for index, control in enumerate(self.run.controls):
@@ -189,13 +210,14 @@ class Sampler:
             step = self.sampling.step
             assert step is not None
             # The sampler's latents are noise times init_noise_sigma, the denoiser's input those times its scale.
-            factor = self.schedule.input_scale(step) * float(self.scheduler.init_noise_sigma)
-            rows, channels = self.branches()[-1].rows, self.sampling.latent_channels
-            start = self.change.of_input(sample)[rows, :channels].float() / factor
+            factor = self.schedule.input_scale(step) * self.schedule.start_scale
+            rows, grid = self.branches()[-1].rows, self.sampling.latent_grid
+            start = self.family.latents(self._moved(sample)[rows], grid).float() / factor
+            start = self.family.unpacked(start, grid)
             with self.sampling.report.timed(one.index, one.control.name, "noise", step.index):
                 wanted = one.control.noise(start, self.sampling, one.state)
             # The difference before the factor: noise handed back unchanged must change nothing, rounding included.
-            self.change.add((wanted - start) * factor)
+            self.change.add(self.family.packed((wanted - start) * factor, grid))
 
     def _descend(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor, step: Step) -> None:
         # The second evaluation of a second-order scheduler ignores the sample it is given.
@@ -216,17 +238,20 @@ class Sampler:
         # A caller's inference mode left tensors that autograd must not save.
         args, kwargs = ordinary((args, kwargs))
         if checkpointed:
-            kwargs = self.family.with_source(kwargs, self)
+            kwargs = self.family.with_extra(kwargs, SOURCE, self)
 
         def forward(leaf: torch.Tensor, reader: Reader) -> None:
             self.reader = reader
             self._forward(args, kwargs, leaf, None)
 
+        def latents(given: torch.Tensor) -> torch.Tensor:
+            return self.family.latents(given, self.sampling.latent_grid)
+
         cond = sample[self.branches()[-1].rows]
         try:
             # Until the gradients are taken: checkpointing runs layers again in the backward pass.
             with self._inside():
-                self.change.add(descend(self.sampling, losses, cond, forward, stop=not checkpointed))
+                self.change.add(descend(self.sampling, losses, cond, latents, forward, stop=not checkpointed))
         finally:
             self.reader = None
 
@@ -234,10 +259,11 @@ class Sampler:
         """The denoiser once more on the conditional rows alone."""
         rows = self.sampling.batch
         args, kwargs = last_rows((args, kwargs), self.rows, rows)
+        names, signature = self.family.names, self.family.signature
         if sample is not None:
-            args, kwargs = with_argument(args, kwargs, 0, "sample", sample)
+            args, kwargs = signature.put(args, kwargs, names.latents, sample)
         if context is not None:
-            args, kwargs = with_argument(args, kwargs, 2, "encoder_hidden_states", context)
+            args, kwargs = signature.put(args, kwargs, names.text, context)
         return self.family.outer(*args, **kwargs)
 
     @contextmanager

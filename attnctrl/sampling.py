@@ -64,7 +64,6 @@ class Sampling:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     finished: bool = False
-    latent_channels: int = 4
     step: Step | None = None
     active: list[Active] = field(default_factory=list)
     by_site: dict[str, list[Active]] = field(default_factory=dict)

@@ -14,25 +14,31 @@ class Schedule:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.timesteps: list[float] | None = None
+        self.timesteps: list[float] = []
+        self.first = 0
 
-    def step(self, timestep: Any, seen: list[Step]) -> Step:
-        """The step that the denoiser is called for. seen: the steps before it, as some schedules repeat timesteps."""
-        value = float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
-        if self.timesteps is None:
+    def step(self, timestep: float, done: int) -> Step:
+        """The step that the denoiser is called for, after `done` steps of the scheduler.
+
+        Image-to-image runs begin late. Only the first call's timestep is looked up, and only where the scheduler was
+        not told: some schedules hold timesteps twice, and some pipelines round them.
+        """
+        if not self.timesteps:
             self.timesteps = self.scheduler.timesteps.tolist()
-        total = len(self.timesteps)
-        places = [i for i, t in enumerate(self.timesteps) if t == value]
-        if places:
-            # Heun and PNDM hold some timesteps twice; the second visit is the later place.
-            visits = sum(step.timestep == value for step in seen)
-            index = places[min(visits, len(places) - 1)]
-        else:
-            index = min(len(seen), total - 1)
-        return Step(index, total, value, value / float(self.scheduler.config.num_train_timesteps))
+            begin = getattr(self.scheduler, "begin_index", None)
+            distances = [abs(t - timestep) for t in self.timesteps]
+            self.first = distances.index(min(distances)) if begin is None else int(begin)
+        index = min(self.first + done, len(self.timesteps) - 1)
+        value = self.timesteps[index]
+        return Step(index, len(self.timesteps), value, value / float(self.scheduler.config.num_train_timesteps))
 
     def input_scale(self, step: Step | None) -> float:
         """What `scale_model_input` multiplies the latents by at `step`."""
         if step is None or not hasattr(self.scheduler, "scale_model_input"):
             return 1.0
         return float(self.scheduler.scale_model_input(torch.ones(1), self.scheduler.timesteps[step.index]))
+
+    @property
+    def start_scale(self) -> float:
+        """What pipelines multiply the first noise by."""
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))

@@ -14,6 +14,9 @@ import torch
 Grid = tuple[int, int, int]
 """Latent tokens as (frames, height, width); pictures have one frame."""
 
+# The keywords under which the run hands things to processors, where a model passes keywords on.
+MASKS, BLOCK_MASKS, SOURCE = "attnctrl_masks", "attnctrl_block_masks", "attnctrl_source"
+
 
 @dataclass(frozen=True)
 class Site:

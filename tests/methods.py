@@ -8,7 +8,7 @@ import torch
 
 import attnctrl as ac
 from attnctrl.controls import REGISTRY, Method
-from attnctrl.prompt import PromptTokens
+from attnctrl.prompt import Reader
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Site, Step
 from attnctrl.stepmaps import SelfMap
@@ -70,7 +70,7 @@ def sampling(prompt: str | list[str] = tiny.PROMPT, grid: tuple[int, int] = (2, 
 
     return Sampling(
         prompts=prompts,
-        tokenize=lambda: [[PromptTokens.read(tiny.tokenizer(), p)] for p in prompts],
+        tokenize=lambda: [[Reader(tiny.tokenizer()).read(p)] for p in prompts],
         images_per_prompt=images,
         prompt_count=len(prompts),
         guided=True,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnctrl as ac
-from attnctrl.prompt import PromptTokens, find_everywhere
+from attnctrl.prompt import PromptTokens, Reader, find_everywhere
 from tests import tiny
 
 # Words that are one token to the tiny tokenizer, and words that it spells.
@@ -19,7 +19,7 @@ SPELLED = ("ox", "Zebra", "x1", "T-rex", "naïve", "cats", "reddish")
 
 
 def read(prompt: str) -> PromptTokens:
-    return PromptTokens.read(tiny.tokenizer(), prompt)
+    return Reader(tiny.tokenizer()).read(prompt)
 
 
 def test_positions_count_the_start_token() -> None:
@@ -104,7 +104,7 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
         is_fast = False
 
     with pytest.raises(ac.ControlError, match=r"Slow gives no character offsets.*load its fast form"):
-        PromptTokens.read(Slow(), "a cat")
+        Reader(Slow()).read("a cat")
 
 
 @st.composite
@@ -122,7 +122,7 @@ def test_the_tokens_of_a_phrase_are_those_whose_offsets_lie_in_it(
     made: tuple[list[str], int, int, str], rng: random.Random
 ) -> None:
     words, first, last, prompt = made
-    tokens = PromptTokens.read(tiny.tokenizer(), prompt)
+    tokens = Reader(tiny.tokenizer()).read(prompt)
     phrase = " ".join(w.upper() if rng.random() < 0.3 else w for w in words[first : last + 1])
     # Where the phrase stands, by counting characters: an oracle that knows no regular expressions.
     starts, at = [], 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from attnctrl.errors import ControlError
+from attnctrl.processors.family import Family
 from attnctrl.processors.unet import UNetFamily
 
 FAMILIES = (UNetFamily,)
 
 
-def family_of(pipe: Any) -> UNetFamily:
+def family_of(pipe: Any) -> Family:
     """The family of `pipe`. Raises ControlError for models without support."""
     for family in FAMILIES:
         if family.fits(pipe):

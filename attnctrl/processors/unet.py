@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +21,11 @@ from diffusers.models.attention_processor import (
 from attnctrl.compiled import compiled_in_place
 from attnctrl.processors.attend import attend, observe_only
 from attnctrl.processors.classic import Layer, masked_layer, prepared_mask, rows_of
+from attnctrl.processors.family import Family, Names, uncompiled
 from attnctrl.processors.work import Branch, Work
-from attnctrl.sites import Call, Grid, Site, Step, TokenLayout
+from attnctrl.prompt import Reader
+from attnctrl.sites import BLOCK_MASKS, MASKS, Call, Grid, Site, TokenLayout
 from attnctrl.text import Text
-
-# These compute the same function of the layer's weights; anything else (IP-Adapter's, PAG's) does more than that.
-PLAIN = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
-# The names under which the run hands things through `cross_attention_kwargs`.
-MASKS, BLOCK_MASKS, SOURCE = "attnctrl_masks", "attnctrl_block_masks", "attnctrl_source"
 
 
 class UNetProcessor:
@@ -108,29 +105,21 @@ class UNetProcessor:
         )
 
 
-class UNetFamily:
+class UNetFamily(Family):
     """How the run reads a UNet pipeline."""
 
     describes = "Stable Diffusion 1.x, 2.x and XL pipelines (UNet2DConditionModel)"
     processor = UNetProcessor
+    # These compute the same function of the layer's weights; others (IP-Adapter's, PAG's) do more than that.
+    plain = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+    names = Names(latents="sample", extras="cross_attention_kwargs")
 
     def __init__(self, pipe: Any) -> None:
-        self.model: UNet2DConditionModel = _uncompiled(pipe.unet)
-        self.outer: torch.nn.Module = pipe.unet
+        super().__init__(pipe.unet)
 
     @staticmethod
     def fits(pipe: Any) -> bool:
-        return isinstance(_uncompiled(getattr(pipe, "unet", None)), UNet2DConditionModel)
-
-    @cached_property
-    def compiled(self) -> bool:
-        """Whether any part of the denoiser runs under torch.compile."""
-        return self.outer is not self.model or any(map(compiled_in_place, self.model.modules()))
-
-    @property
-    def checkpointed(self) -> bool:
-        """Whether gradient checkpointing recomputes parts of the forward pass."""
-        return bool(self.model.is_gradient_checkpointing)
+        return isinstance(uncompiled(getattr(pipe, "unet", None)), UNet2DConditionModel)
 
     def sites(self) -> list[tuple[Site, Attention]]:
         """Every attention layer of the transformer blocks with its module, in the order of the forward pass."""
@@ -149,35 +138,25 @@ class UNetFamily:
         found.sort(key=lambda item: item[0])
         return [(Site(s.name, s.kind, s.block, i, s.depth), m) for i, (_, s, m) in enumerate(found)]
 
-    @staticmethod
-    def reproducible(stock: Any) -> bool:
-        """Whether `UNetProcessor` computes what this stock processor does."""
-        return type(stock) in PLAIN
+    def latent_grid(self, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        _, _, height, width = self.signature.get(args, kwargs, "sample").shape
+        return 1, int(height), int(width)
 
-    def latent_channels(self) -> int:
-        """Channels of the latents; inpainting UNets take more, the rest being conditions."""
-        return int(self.model.config.out_channels)
+    def latents(self, sample: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Inpainting UNets take more channels than they return, the rest being conditions."""
+        return sample[:, : int(self.model.config.out_channels)]
 
-    def latent_grid(self, sample: torch.Tensor) -> Grid:
-        return 1, int(sample.shape[2]), int(sample.shape[3])
-
-    @staticmethod
-    def text(outputs: tuple) -> Text:
+    def text(self, outputs: tuple) -> Text:
         """The result of `encode_prompt`: (positive, negative) or (positive, negative, pooled, negative pooled)."""
         return Text(*outputs)
 
-    @staticmethod
-    def outputs(text: Text, like: tuple) -> tuple:
+    def outputs(self, text: Text, like: tuple) -> tuple:
         return (text.positive, text.negative, text.pooled, text.negative_pooled)[: len(like)]
 
-    def blank_call(
-        self, site: Site, step: Step, latents: Grid, batch: int, text_tokens: int, like: torch.Tensor
-    ) -> Call:
-        """A call without contents, for asking a control for its mask before the model runs (torch.compile)."""
-        queries = TokenLayout.of_latents(site.grid(latents))
-        keys = queries if site.kind == "self" else TokenLayout.of_text(text_tokens)
-        empty = like.new_empty(batch, 1, 0, 1)
-        return Call(site, step, "cond", empty, empty, empty, 1.0, queries, keys)
+    def readers(self, pipe: Any, arguments: dict[str, Any]) -> list[Reader]:
+        second = getattr(pipe, "tokenizer_2", None)
+        # The two encoders of SDXL stand side by side, token by token.
+        return [Reader(pipe.tokenizer), *([] if second is None else [Reader(second, "prompt_2")])]
 
     def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
         """The transformer blocks that are compiled one by one, with what gives each its own masks by site kind."""
@@ -188,22 +167,6 @@ class UNetFamily:
             if re.search(r"\.transformer_blocks\.\d+$", name) and compiled_in_place(module)
         ]
 
-    @staticmethod
-    def with_source(kwargs: dict[str, Any], source: Any) -> dict[str, Any]:
-        """The denoiser's keyword arguments with `source` to be asked for work in place of the installation.
-
-        Gradient checkpointing runs layers again in autograd's own threads, which do not know our context variable.
-        """
-        return {**kwargs, "cross_attention_kwargs": {**(kwargs.get("cross_attention_kwargs") or {}), SOURCE: source}}
-
-    @staticmethod
-    def with_masks(kwargs: dict[str, Any], masks: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """The denoiser's keyword arguments with masks by site name added, the door into compiled graphs."""
-        return {
-            **kwargs,
-            "cross_attention_kwargs": {**(kwargs.get("cross_attention_kwargs") or {}), MASKS: masks},
-        }
-
 
 def _with_block_masks(sites: list[Site], call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     extra = kwargs.get("cross_attention_kwargs") or {}
@@ -213,7 +176,3 @@ def _with_block_masks(sites: list[Site], call: Callable, args: tuple, kwargs: di
         extra[BLOCK_MASKS] = {site.kind: masks[site.name] for site in sites if site.name in masks}
         kwargs = {**kwargs, "cross_attention_kwargs": extra}
     return call(*args, **kwargs)
-
-
-def _uncompiled(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)

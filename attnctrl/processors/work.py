@@ -25,7 +25,7 @@ class Branch:
     rows: slice
 
 
-def branches_of(rows: int, pictures: int) -> tuple[Branch, ...]:
+def halves_of(rows: int, pictures: int) -> tuple[Branch, ...]:
     """The branches of a batch of `rows` for so many pictures. Raises ControlError for other numbers of rows."""
     if rows == pictures:
         return (Branch("cond", slice(0, pictures)),)
@@ -37,17 +37,31 @@ def branches_of(rows: int, pictures: int) -> tuple[Branch, ...]:
     )
 
 
+def call_of(rows: int, pictures: int, number: int) -> tuple[Branch, ...]:
+    """The branch of call `number` (0, 1) of a step, where each branch has a call of its own, conditional first.
+
+    Raises ControlError for a third call and for other numbers of rows.
+    """
+    if rows != pictures or number > 1:
+        raise ControlError(
+            f"the denoiser got call {number + 1} of a step, with a batch of {rows} for {pictures} pictures: attnctrl "
+            "knows pipelines that run the conditional rows first and the unconditional ones in a second call."
+        )
+    return (Branch(("cond", "uncond")[number], slice(0, rows)),)
+
+
 @dataclass(frozen=True)
 class Work:
     """Everything a processor needs to know; made by the run for each denoiser call.
 
-    active: the controls that act here now, by branch. observe: takes the call and, at sites with text keys, its
-    probabilities (batch, heads, queries, keys); it may raise StopForward. observed_only: nothing but recording is
+    text: how many text tokens the call has. active: the controls that act here now, by branch. observe: takes the
+    call and, at sites with text keys, its probabilities (batch, heads, queries, keys); it may raise StopForward. observed_only: nothing but recording is
     wanted, so that the stock processor makes the output.
     """
 
     step: Step
     latents: Grid
+    text: int
     branches: tuple[Branch, ...]
     active: dict[str, tuple[Active, ...]]
     report: Report

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import attnctrl as ac
-from attnctrl.processors import unet
+from attnctrl.processors.unet import UNetFamily
 from tests import tiny
 from tests.probes import REGIONS, Mask, Nudge, all_visible
 from tests.spies import Stop, assert_restored, attention_layers, snapshot, stop_at
@@ -103,7 +103,7 @@ def test_the_stock_processor_runs_where_no_control_acts(monkeypatch: pytest.Monk
             return super().__call__(attn, *args, **kwargs)
 
     # The family knows processors by their exact type; this one is to count as a plain one.
-    monkeypatch.setattr(unet, "PLAIN", (*unet.PLAIN, Counting))
+    monkeypatch.setattr(UNetFamily, "plain", (*UNetFamily.plain, Counting))
     for name, layer in attention_layers(pipe).items():
         layer.label = name
         layer.set_processor(Counting())

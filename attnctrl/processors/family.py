@@ -1,0 +1,136 @@
+"""What the run asks of a model family; a family overrides what its pipelines do otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+
+from attnctrl.calls import Signature
+from attnctrl.compiled import compiled_in_place
+from attnctrl.processors.work import Branch, call_of, halves_of
+from attnctrl.prompt import Reader
+from attnctrl.sites import Call, Grid, Site, Step, TokenLayout
+from attnctrl.text import Text
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the denoiser's forward calls the arguments that the run reads."""
+
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    text: str = "encoder_hidden_states"
+    extras: str = ""
+    """The keyword whose entries the model hands on to every processor; empty where there is none."""
+
+
+class Family:
+    """How the run reads one kind of pipeline.
+
+    processor: our stand-in. plain: the stock processors whose function it computes. separate: the unconditional
+    prediction is a call of its own, after the conditional one, not the first half of the batch. encodes: how often
+    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own.
+    """
+
+    describes: ClassVar[str] = ""
+    processor: ClassVar[type]
+    plain: ClassVar[tuple[type, ...]] = ()
+    names: ClassVar[Names] = Names()
+    separate: ClassVar[bool] = False
+    encodes: ClassVar[int] = 1
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.outer = model
+        self.model: Any = uncompiled(model)
+
+    # the model --------------------------------------------------------------------------------------------------
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether any part of the denoiser runs under torch.compile."""
+        return self.outer is not self.model or any(map(compiled_in_place, self.model.modules()))
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether gradient checkpointing recomputes parts of the forward pass."""
+        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+
+    def sites(self) -> list[tuple[Site, Any]]:
+        """Every attention layer that can be controlled with its module, in the order of the forward pass."""
+        raise NotImplementedError
+
+    def reproducible(self, stock: Any) -> bool:
+        """Whether our processor computes what this stock one does."""
+        return type(stock) in self.plain
+
+    def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
+        """Blocks that are compiled one by one, with what hands each its own masks."""
+        return []
+
+    # one call of the denoiser -----------------------------------------------------------------------------------
+    @cached_property
+    def signature(self) -> Signature:
+        """The arguments of the denoiser's forward."""
+        return Signature(self.model.forward)
+
+    def with_extra(self, kwargs: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+        """The keyword arguments with something more for every processor."""
+        return {**kwargs, self.names.extras: {**(kwargs.get(self.names.extras) or {}), name: value}}
+
+    def branches(self, rows: int, pictures: int, number: int) -> tuple[Branch, ...]:
+        """The guidance branches in the batch of call `number` (0, 1, ...) of a step."""
+        return call_of(rows, pictures, number) if self.separate else halves_of(rows, pictures)
+
+    def timestep(self, value: Any) -> float:
+        """The scheduler's timestep from what the denoiser is given."""
+        return float(value.flatten()[0] if isinstance(value, torch.Tensor) else value)
+
+    def latent_grid(self, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        """(frames, height, width) of the latent tokens at sites of depth 0."""
+        raise NotImplementedError
+
+    def latents(self, sample: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The part of the denoiser's input that is the sampler's latents: a view of `sample`."""
+        return sample
+
+    def unpacked(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The sampler's latents as (batch, channels, height, width), with a frames axis before height for video."""
+        return latents
+
+    def packed(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The reverse of `unpacked`."""
+        return latents
+
+    def prediction(self, output: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """What the pipeline makes of the denoiser's output before it combines the guidance branches."""
+        return output
+
+    # its text ---------------------------------------------------------------------------------------------------
+    def text(self, outputs: tuple) -> Text:
+        """The result of one `encode_prompt`."""
+        raise NotImplementedError
+
+    def outputs(self, text: Text, like: tuple) -> tuple:
+        """`text` in the form that `encode_prompt` returned."""
+        raise NotImplementedError
+
+    def readers(self, pipe: Any, arguments: dict[str, Any]) -> list[Reader]:
+        """How the prompts become text tokens; arguments: what `encode_prompt` was called with."""
+        raise NotImplementedError
+
+    def blank_call(
+        self, site: Site, step: Step, latents: Grid, batch: int, text_tokens: int, like: torch.Tensor
+    ) -> Call:
+        """A call without contents, for asking a control for its mask before the model runs (torch.compile)."""
+        queries = TokenLayout.of_latents(site.grid(latents))
+        keys = queries if site.kind == "self" else TokenLayout.of_text(text_tokens)
+        empty = like.new_empty(batch, 1, 0, 1)
+        return Call(site, step, "cond", empty, empty, empty, 1.0, queries, keys)
+
+
+def uncompiled(model: Any) -> Any:
+    """The module inside of torch.compile's wrapper."""
+    return getattr(model, "_orig_mod", model)
