@@ -42,8 +42,9 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
 
     def encode(texts: list[str]) -> Text:
         names = inspect.signature(stock).parameters
-        kept = {n: arguments[n] for n in ("device", "clip_skip", "lora_scale") if n in names}
-        return family.text(stock(prompt=texts, num_images_per_prompt=1, do_classifier_free_guidance=False, **kept))
+        kept = {n: arguments[n] for n in ("device", "clip_skip", "lora_scale", "max_sequence_length") if n in names}
+        plain = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        return family.text(stock(prompt=texts, **{n: v for n, v in plain.items() if n in names}, **kept))
 
     sampling = Sampling(
         prompts=prompts,

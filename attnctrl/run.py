@@ -45,6 +45,7 @@ class Run:
         self.installation: Installation | None = None
         self.sampler: Sampler | None = None
         self._shadowed: list[tuple[Any, str, bool, Any]] = []
+        self._called = False
         check_together(self.controls)
 
     @property
@@ -72,6 +73,7 @@ class Run:
         descends = any("loss" in c.points() and not c.idle for c in self.controls)
         self.installation = acquire(self.family, frozen=descends)
         self._refuse_foreign()
+        self._shadow(self.pipe, "check_inputs", self._check_inputs)
         self._shadow(self.pipe, "encode_prompt", self._encode_prompt)
         self._shadow_step()
 
@@ -121,11 +123,22 @@ class Run:
                     )
 
     # the doors into a stock pipeline ------------------------------------------------------------------------
+    def _check_inputs(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        # The first thing that a pipeline's call does.
+        self._called = True
+        return stock(*args, **kwargs)
+
     def _encode_prompt(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         self._shadow_step()
         arguments = inspect.signature(stock).bind(*args, **kwargs)
         arguments.apply_defaults()
         outputs = stock(*args, **kwargs)
+        opened = self.sampling is not None and not self.sampling.steps_seen and not self._called
+        self._called = False
+        if self.sampling is not None and opened and self.family.encodes == 2:
+            # The negative prompt, in a call of its own.
+            self.sampling.guided = True
+            return outputs
         self.sampler, outputs = open_sampling(self, stock, arguments.arguments, outputs)
         self.samplings.append(self.sampler.sampling)
         return outputs

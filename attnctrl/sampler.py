@@ -162,7 +162,8 @@ class Sampler:
             observe: Any = self.reader if site.name in self.reader.names else None
         else:
             recorder = self.recorder
-            observe = recorder if recorder is not None and site.name in recorder.names else None
+            wanted = recorder is not None and site.name in recorder.names and branches[-1].name == "cond"
+            observe = recorder if wanted else None
         if not controlled and observe is None:
             return None
         return Work(

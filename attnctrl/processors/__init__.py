@@ -6,9 +6,10 @@ from typing import Any
 
 from attnctrl.errors import ControlError
 from attnctrl.processors.family import Family
+from attnctrl.processors.flux import FluxFamily
 from attnctrl.processors.unet import UNetFamily
 
-FAMILIES = (UNetFamily,)
+FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily)
 
 
 def family_of(pipe: Any) -> Family:

@@ -1,0 +1,90 @@
+"""What processors of joint attention share: text and latent tokens in one sequence, queries and keys alike."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from attnctrl.processors.attend import attend, observe_only
+from attnctrl.processors.work import Branch, Work
+from attnctrl.sites import Call, Site, TokenLayout
+
+
+class JointLayer(Protocol):
+    """One call of a joint attention layer. query, key, value: (batch, heads, tokens, head_dim), ready for attention."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+
+    def finish(self, output: torch.Tensor) -> Any:
+        """(batch, heads, tokens, head_dim) -> what the stock processor returns."""
+
+
+class JointProcessor:
+    """Stands in for a stock processor and calls it whenever no control asks for this site.
+
+    owner: the installation that put it there. A family gives its own `__call__`, whose signature must be the stock
+    one's, because attention modules drop the keywords that they do not find there.
+    """
+
+    def __init__(self, stock: Any, site: Site, owner: Any) -> None:
+        self.stock = stock
+        self.site = site
+        self.owner = owner
+
+    # `set_attention_backend` and context parallelism write these on every processor that has them.
+    @property
+    def _attention_backend(self) -> Any:
+        return self.stock._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.stock._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.stock._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.stock._parallel_config = config
+
+    def controlled(self, layer: JointLayer, work: Work, layout: TokenLayout) -> Any:
+        """The layer's output under the controls of `work`."""
+        calls = [self._call(layer, work, branch, layout) for branch in work.branches]
+        outputs = [attend(call, work) for call in calls]
+        return layer.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+    def observed(self, layer: JointLayer, work: Work, layout: TokenLayout) -> None:
+        """Only hand the conditional rows to the observer."""
+        branch = next(b for b in work.branches if b.name == "cond")
+        observe_only(self._call(layer, work, branch, layout), work)
+
+    def _call(self, layer: JointLayer, work: Work, branch: Branch, layout: TokenLayout) -> Call:
+        rows = branch.rows
+        return Call(
+            site=self.site,
+            step=work.step,
+            branch=branch.name,
+            query=layer.query[rows],
+            key=layer.key[rows],
+            value=layer.value[rows],
+            scale=layer.scale,
+            queries=layout,
+            keys=layout,
+            mask=layer.mask if layer.mask is None or layer.mask.shape[0] == 1 else layer.mask[rows],
+        )
+
+
+def blocks_of(model: Any, *lists: str) -> list[tuple[str, Any]]:
+    """The attention modules named `attn` of the blocks in the model's lists, by path, in the order of the forward."""
+    return [
+        (f"{name}.{i}.attn", block.attn)
+        for name in lists
+        for i, block in enumerate(getattr(model, name))
+        if hasattr(block, "attn")
+    ]

@@ -1,0 +1,159 @@
+"""Every transformer family: without work to do it is the stock pipeline, and our layers compute what the stock ones do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnctrl as ac
+from tests.probes import Guide, Inputs, Latents, Mask, Noise, Output
+from tests.spies import Stop, stop_at
+from tests.transformers import FAMILIES, Tiny, draw
+
+ALL = ac.Where(kinds=("self", "cross", "joint"))
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("free", [False, True])
+def test_without_controls_the_picture_is_the_stock_one(family: Tiny, free: bool) -> None:
+    pipe = family.make()
+    expected = draw(pipe, family, free=free)
+    with ac.control(pipe), ac.control(pipe):
+        assert torch.equal(draw(pipe, family, free=free), expected)
+    assert torch.equal(draw(pipe, family, free=free), expected)
+
+
+@every_family
+def test_every_processor_comes_back(family: Tiny) -> None:
+    pipe = family.make()
+    before = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
+    with pytest.raises(Stop), ac.control(pipe, Inputs(where=ALL)):
+        draw(pipe, family, callback_on_step_end=stop_at(1))
+    after = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+
+
+@every_family
+@pytest.mark.parametrize("free", [False, True])
+def test_our_layers_compute_what_the_stock_ones_do(family: Tiny, free: bool) -> None:
+    """A control that changes nothing sends every layer of both branches through our own code."""
+    pipe, seen = family.make(), set()
+    expected = draw(pipe, family, free=free)
+    both = {"where": ALL, "branches": ("cond", "uncond")}
+    controls = (
+        Inputs(edit=lambda call: (seen.add((call.site.name, call.branch)), call)[1], **both),
+        Output(edit=lambda output: output, **both),
+    )
+    with ac.control(pipe, *controls):
+        close(draw(pipe, family, free=free), expected)
+    assert len(seen) == family.sites * (1 if free else 2)
+
+
+@every_family
+def test_the_layout_of_every_call(family: Tiny) -> None:
+    """Text and latents share out the tokens, and the grid is that of the picture."""
+    pipe, calls = family.make(), []
+    with ac.control(pipe, Inputs(edit=lambda call: (calls.append(call), call)[1], where=ALL)):
+        draw(pipe, family, steps=1)
+    assert len(calls) == family.sites
+    frames, height, width = family.grid
+    for call in calls:
+        assert call.branch == "cond"
+        assert call.queries.grid == family.grid
+        assert call.queries.latent.stop - call.queries.latent.start == frames * height * width
+        if call.site.kind == "joint":
+            assert call.queries is call.keys
+            spans = sorted(
+                [
+                    (call.queries.text.start, call.queries.text.stop),
+                    (call.queries.latent.start, call.queries.latent.stop),
+                ]
+            )
+            assert spans[0][0] == 0
+            assert spans[0][1] == spans[1][0]
+            assert spans[1][1] == call.query.shape[2]
+
+
+@every_family
+def test_batches_and_several_pictures_per_prompt(family: Tiny) -> None:
+    """Each picture of a controlled batch is what it is alone."""
+    pipe = family.make()
+    prompts = ["a cat and a dog", "a dog and a bird"]
+    control = Output(edit=lambda output: output * 1.1, where=ALL)
+    with ac.control(pipe, control):
+        generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+        more = {} if "negative_prompt" not in family.guided else {"negative_prompt": ["a bird"] * 2}
+        both = draw(pipe, family, prompts, generator=generators, **more)
+        for row, prompt in enumerate(prompts):
+            alone = draw(pipe, family, prompt, generator=torch.Generator().manual_seed(row + 1))
+            close(both[row : row + 1], alone)
+
+
+@every_family
+def test_latents_and_noise_are_pictures(family: Tiny) -> None:
+    pipe, latents, noise = family.make(), Latents(), Noise()
+    with ac.control(pipe, noise):
+        expected = draw(pipe, family)
+    with ac.control(pipe, latents, noise):
+        drawn = draw(pipe, family)
+    frames, height, width = family.grid
+    for tensor in (noise.got[0], latents.got[0][1]):
+        assert tensor.ndim == (4 if frames == 1 else 5)
+        assert tensor.shape[-2] % height == 0
+        assert tensor.shape[-1] / width == tensor.shape[-2] / height
+    assert noise.got[0].std() == pytest.approx(1, abs=0.1)
+    assert drawn.shape == expected.shape
+    assert (drawn == 2).all()
+
+
+@every_family
+def test_noise_is_where_the_pipeline_begins(family: Tiny) -> None:
+    """Noise flipped left to right in the control equals noise handed to the pipeline flipped."""
+    pipe = family.make()
+    stock = draw(pipe, family)
+    with ac.control(pipe, Noise(edit=lambda noise: noise)):
+        assert torch.equal(draw(pipe, family), stock)
+    got = Noise(edit=lambda noise: -noise)
+    with ac.control(pipe, got):
+        flipped = draw(pipe, family)
+    assert not torch.allclose(flipped, stock, atol=1e-3)
+
+
+@every_family
+@pytest.mark.parametrize("free", [False, True])
+def test_guide_gets_and_gives_pictures(family: Tiny, free: bool) -> None:
+    pipe, answers = family.make(), []
+    guide = Guide(make=lambda prediction: (answers.append(prediction.again(None)), prediction.combined)[1])
+    expected = draw(pipe, family, free=free)
+    with ac.control(pipe, guide):
+        assert torch.equal(draw(pipe, family, free=free), expected)
+    prediction = guide.got[0]
+    assert (prediction.uncond is None) == free
+    scales = [v for n, v in family.guided.items() if n.endswith("scale")]
+    if not free:
+        assert prediction.scale == pytest.approx(scales[0], rel=1e-3)
+    close(answers[0], prediction.cond)
+
+
+@every_family
+def test_phrases_are_found_where_they_stand(family: Tiny) -> None:
+    """The position of a word among the text tokens of a call is the one at which its embedding stands."""
+    pipe, calls = family.make(), []
+    with ac.control(pipe, Mask(make=lambda call: calls.append(call), where=ALL)) as run:
+        draw(pipe, family, steps=1)
+    text = next(c.keys.text for c in calls if c.site.kind != "self")
+    for position in run.sampling.find("dog"):
+        assert position < text.stop - text.start
+        assert any(
+            "dog" in t.tokens[position - t.offset]
+            for t in run.sampling.tokens[0]
+            if 0 <= position - t.offset < len(t.tokens)
+        )
+    with pytest.raises(ac.ControlError, match='"bird" is not in the prompt'):
+        run.sampling.find("bird")
