@@ -1,4 +1,4 @@
-"""Every transformer family: without work to do it is the stock pipeline, and our layers compute what the stock ones do."""
+"""Every transformer family: idle it is the stock pipeline, and our layers compute what the stock ones do."""
 
 from __future__ import annotations
 
@@ -69,12 +69,7 @@ def test_the_layout_of_every_call(family: Tiny) -> None:
         assert call.queries.latent.stop - call.queries.latent.start == frames * height * width
         if call.site.kind == "joint":
             assert call.queries is call.keys
-            spans = sorted(
-                [
-                    (call.queries.text.start, call.queries.text.stop),
-                    (call.queries.latent.start, call.queries.latent.stop),
-                ]
-            )
+            spans = sorted((s.start, s.stop) for s in (call.queries.text, call.queries.latent))
             assert spans[0][0] == 0
             assert spans[0][1] == spans[1][0]
             assert spans[1][1] == call.query.shape[2]
