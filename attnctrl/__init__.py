@@ -3,7 +3,16 @@
 from importlib.metadata import version
 
 from attnctrl.control import Control, Descent, Loss, Where, Window
-from attnctrl.controls import AStar, AttendExcite, DenseDiffusion, LoCo, Refocus, RegionMask, RegionPrompts
+from attnctrl.controls import (
+    AStar,
+    AttendExcite,
+    DenseDiffusion,
+    LayoutGuidance,
+    LoCo,
+    Refocus,
+    RegionMask,
+    RegionPrompts,
+)
 from attnctrl.errors import ControlError
 from attnctrl.install import share
 from attnctrl.regions import Region
@@ -17,6 +26,7 @@ __all__ = [
     "ControlError",
     "DenseDiffusion",
     "Descent",
+    "LayoutGuidance",
     "LoCo",
     "Loss",
     "Refocus",

@@ -68,11 +68,15 @@ class StepMaps:
             {n: m for n, m in self.self_.items() if n in names},
         )
 
+    def cross_layers(self) -> list[CrossMap]:
+        """The cross-attention maps, at least one: raises ControlError otherwise."""
+        if not self.cross:
+            raise ControlError("the loss reads cross-attention maps, but `where` selects no cross-attention site.")
+        return list(self.cross.values())
+
     def mean_cross(self) -> tuple[torch.Tensor, Grid]:
         """The mean over sites, (batch, latent tokens, text tokens), and its grid: all sites must share one grid."""
-        maps = list(self.cross.values())
-        if not maps:
-            raise ControlError("the loss reads cross-attention maps, but `where` selects no cross-attention site.")
+        maps = self.cross_layers()
         grids = {m.grid for m in maps}
         if len(grids) > 1:
             raise ControlError(f"maps of several grids {sorted(grids)} cannot be averaged: give Where(near=...).")

@@ -21,6 +21,7 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "region-mask": [{"weight": 0.0, "boost": 0.0}],
     "region-prompts": [{"base_ratio": 1.0}],
     "dense-diffusion": [{"cross_weight": 0.0, "self_weight": 0.0}],
+    "layout-guidance": [{"scale": 0.0}, {"iterations": 0}],
     "refocus": [{"scale": 0.0}, {"cross_weight": 0.0, "self_weight": 0.0}],
     "loco": [{"scale": 0.0}, {"iterations": 0}],
     "attend-excite": [{"scale": 0.0}, {"iterations": 0}],

@@ -9,6 +9,7 @@ from attnctrl.control import Control
 from attnctrl.controls.fidelity.a_star import AStar
 from attnctrl.controls.fidelity.attend_excite import AttendExcite
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
+from attnctrl.controls.layout.layout_guidance import LayoutGuidance
 from attnctrl.controls.layout.loco import LoCo
 from attnctrl.controls.layout.refocus import Refocus
 from attnctrl.controls.layout.region_mask import RegionMask
@@ -46,6 +47,7 @@ REGISTRY = {
         Method("region-mask", RegionMask, "layout"),
         Method("region-prompts", RegionPrompts, "layout"),
         Method("dense-diffusion", DenseDiffusion, "layout"),
+        Method("layout-guidance", LayoutGuidance, "layout"),
         Method("refocus", Refocus, "layout"),
         Method("loco", LoCo, "layout"),
         Method("attend-excite", AttendExcite, "fidelity"),
@@ -66,6 +68,7 @@ __all__ = [
     "AStar",
     "AttendExcite",
     "DenseDiffusion",
+    "LayoutGuidance",
     "LoCo",
     "Method",
     "Refocus",

@@ -85,7 +85,7 @@ def test_it_matters_where_the_regions_are(name: str) -> None:
 
 
 def test_the_tables_hold_what_they_should() -> None:
-    assert REGIONAL == ["region-mask", "region-prompts", "dense-diffusion", "refocus", "loco"]
+    assert REGIONAL == ["region-mask", "region-prompts", "dense-diffusion", "layout-guidance", "refocus", "loco"]
     assert ATTENTION == ["region-mask", "region-prompts", "dense-diffusion"]
 
 
