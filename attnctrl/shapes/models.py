@@ -1,6 +1,7 @@
 """Architectures of the shapes models: configurations and constructors, nothing trained.
 
-`sd` is a StableDiffusionPipeline in miniature: 128x128 images, 16x16 latents of 4 channels, 32 text tokens.
+`sd` is a StableDiffusionPipeline in miniature: 128x128 images, 16x16 latents of 4 channels, 32 text tokens. `dit` is a
+FluxPipeline in miniature with the same autoencoder and text encoder: 64 latent tokens of 2x2 patches.
 """
 
 from __future__ import annotations
@@ -8,7 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.autoencoders.vae import DecoderTiny
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -38,6 +45,20 @@ DENOISER: dict[str, Any] = {
     "cross_attention_dim": TEXT_WIDTH,
     "attention_head_dim": (2, 4),  # diffusers' historical name: these are head counts, 32 channels each
     "norm_num_groups": 16,
+}
+
+TRANSFORMER: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 4 * LATENT_CHANNELS,
+    # Single blocks cost 15 d^2 parameters, joint ones 36 d^2.
+    "num_layers": 1,
+    "num_single_layers": 7,
+    "attention_head_dim": 32,
+    "num_attention_heads": 6,
+    "joint_attention_dim": TEXT_WIDTH,
+    "pooled_projection_dim": TEXT_WIDTH,
+    "guidance_embeds": False,
+    "axes_dims_rope": (4, 14, 14),
 }
 
 TEXT_ENCODER: dict[str, Any] = {
@@ -84,10 +105,32 @@ def denoiser(**overrides: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**DENOISER, **overrides})
 
 
+def transformer(**overrides: Any) -> FluxTransformer2DModel:
+    """An untrained transformer: packed latents (batch, 64, 16), text (batch, 32, 128) and pooled text to a velocity.
+
+    Linear weights are Xavier's; the modulations and the output begin at zero, so that every block is the identity
+    and gates open as they learn. diffusers leaves them at torch's random default.
+    """
+    model = FluxTransformer2DModel(**{**TRANSFORMER, **overrides})
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if ".norm" in name or name.startswith("norm_out") or name == "proj_out":
+                nn.init.zeros_(module.weight)
+    return model
+
+
 def text_encoder(vocab_size: int, bos: int, eos: int, **overrides: Any) -> CLIPTextModel:
     """An untrained CLIP text model: token ids (batch, 32) to (batch, 32, 128)."""
     ids = {"vocab_size": vocab_size, "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
     return CLIPTextModel(CLIPTextConfig(**{**TEXT_ENCODER, **ids, **overrides}))
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps of the flow, spent rather on the noisy half (shift 2)."""
+    return FlowMatchEulerDiscreteScheduler(shift=2.0)
 
 
 def scheduler() -> DDIMScheduler:

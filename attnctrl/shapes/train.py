@@ -16,36 +16,40 @@ from . import models
 from .budget import Budget
 from .crew import SOLO, Crew, run_crew
 from .ema import Average
+from .pretrained import assemble, weights_path
 from .tokenizer import load_tokenizer
 from .train_autoencoder import AutoencoderRecipe, psnr, refine_decoder, train_autoencoder
-from .train_denoiser import DenoiserRecipe, encode_world, train_denoiser
+from .train_denoiser import DenoiserRecipe, encode_world, scene_latents, train_denoiser
 from .train_text import TextRecipe, train_text_encoder
+from .train_transformer import TransformerRecipe, train_transformer
 
-STAGES = ("autoencoder", "text", "denoiser", "decoder")
-SHARES = (0.19, 0.02, 0.71, 0.08)
-"""Each stage's part of `--minutes`; encoding the training scenes (some minutes) comes on top."""
+SHARES = {
+    "sd": {"autoencoder": 0.19, "text": 0.02, "denoiser": 0.71, "decoder": 0.08},
+    "dit": {"transformer": 1.0},
+}
+"""Each model's stages with their parts of `--minutes`; encoding the training scenes (some minutes) comes on top."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `attnctrl train-shapes`."""
-    parser.add_argument("name", choices=("sd",), help="which shapes model to train")
+    parser.add_argument("name", choices=tuple(SHARES), help="which shapes model to train")
     parser.add_argument("--out", type=Path, required=True, help="working directory; the pipeline goes to OUT/pipeline")
     parser.add_argument(
         "--minutes",
         type=float,
         nargs="+",
         default=[80.0],
-        help=f"in all, or one number for each of {', '.join(STAGES)}",
+        help=f"in all, or one number for each stage of sd ({', '.join(SHARES['sd'])})",
     )
     parser.add_argument(
         "--steps",
         type=int,
-        nargs=len(STAGES),
+        nargs="+",
         metavar="N",
         help="steps of each stage instead of minutes; reproducible",
     )
-    parser.add_argument("--scenes", type=int, help="how many scenes the denoiser learns from")
-    parser.add_argument("--batch", type=int, help="batch of the denoiser; a multiple of --processes")
+    parser.add_argument("--scenes", type=int, help="how many scenes the last model learns from")
+    parser.add_argument("--batch", type=int, help="batch of the denoiser or transformer; a multiple of --processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
         "--processes", type=int, choices=(1, 2, 4), help="processes sharing the work on a cpu; default: as it has cores"
@@ -54,19 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in OUT")
 
 
-def budgets(minutes: list[float], steps: list[int] | None) -> dict[str, Budget]:
-    """One budget per stage.
+def budgets(name: str, minutes: list[float], steps: list[int] | None) -> dict[str, Budget]:
+    """One budget for each stage of the model `name`.
 
     Raises:
-        ValueError: minutes is neither one number nor one per stage.
+        ValueError: steps does not give one number per stage, or minutes neither that nor one number.
     """
+    shares = SHARES[name]
+    if steps is None and len(minutes) == 1:
+        minutes = [minutes[0] * share for share in shares.values()]
+    given = minutes if steps is None else steps
+    if len(given) != len(shares):
+        raise ValueError(f"{name} has {len(shares)} stages ({', '.join(shares)}), but {len(given)} numbers were given")
     if steps is not None:
-        return {stage: Budget(steps=n) for stage, n in zip(STAGES, steps, strict=True)}
-    if len(minutes) == 1:
-        minutes = [minutes[0] * share for share in SHARES]
-    if len(minutes) != len(STAGES):
-        raise ValueError(f"--minutes takes 1 or {len(STAGES)} numbers, got {len(minutes)}")
-    return {stage: Budget(minutes=m) for stage, m in zip(STAGES, minutes, strict=True)}
+        return {stage: Budget(steps=n) for stage, n in zip(shares, steps, strict=True)}
+    return {stage: Budget(minutes=m) for stage, m in zip(shares, minutes, strict=True)}
 
 
 def save_pipeline(vae: AutoencoderTiny, unet: UNet2DConditionModel, text: CLIPTextModel, path: Path) -> None:
@@ -112,6 +118,19 @@ def export(out: Path, path: Path) -> int:
     return step
 
 
+def export_transformer(out: Path, path: Path) -> int:
+    """Write the transformer as it stands in `out`, with its scheduler and the pipeline's index; returns the step."""
+    transformer = models.transformer()
+    saved = torch.load(out / "transformer.pt", map_location="cpu", weights_only=True)
+    average = Average({"transformer": transformer}, 0.0)
+    average.load_state_dict(saved["state"]["average"])
+    average.copy_to({"transformer": transformer})
+    transformer.to(torch.float16).save_pretrained(path / "transformer", safe_serialization=True)
+    models.flow_scheduler().save_pretrained(path / "scheduler")
+    assemble(transformer, models.flow_scheduler()).save_config(path)
+    return saved["step"]
+
+
 def _autoencoder_stage(
     crew: Crew, out: Path, budget: Budget, recipe: AutoencoderRecipe, device: str, resume: bool
 ) -> None:
@@ -131,6 +150,14 @@ def _denoiser_stage(crew: Crew, out: Path, budget: Budget, recipe: DenoiserRecip
     train_denoiser(text, latents, out, budget, recipe, device, resume, crew)
 
 
+def _transformer_stage(
+    crew: Crew, out: Path, budget: Budget, recipe: TransformerRecipe, device: str, resume: bool
+) -> None:
+    text = CLIPTextModel.from_pretrained(weights_path("sd") / "text_encoder").float()
+    latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
+    train_transformer(text, latents, out, budget, recipe, device, resume, crew)
+
+
 def _decoder_stage(crew: Crew, out: Path, budget: Budget, recipe: AutoencoderRecipe, device: str, resume: bool) -> None:
     refine_decoder(AutoencoderTiny.from_pretrained(out / "vae"), out, budget, recipe, device, resume, crew)
 
@@ -147,38 +174,57 @@ def main(args: argparse.Namespace) -> int:
     # Denormal numbers slow a CPU down; the setting belongs to the whole process, so it is put back.
     torch.set_flush_denormal(True)
     try:
-        return _run_stages(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+        {"sd": _train_sd, "dit": _train_dit}[args.name](args)
+        return 0
     finally:
         torch.set_flush_denormal(False)
 
 
-def _run_stages(args: argparse.Namespace) -> int:
-    out, device, resume = args.out, args.device, args.resume
-    out.mkdir(parents=True, exist_ok=True)
-    budget = budgets(args.minutes, args.steps)
+def _processes(args: argparse.Namespace) -> int:
+    if args.device != "cpu":
+        return 1
+    return args.processes or max(n for n in (1, 2, 4) if n <= (os.cpu_count() or 1))
+
+
+def _run(processes: int, out: Path, stage: Callable[..., None], *work: Any) -> None:
+    if processes > 1:
+        run_crew(processes, stage, work, out / "meeting")
+    else:
+        stage(SOLO, *work)
+
+
+def _train_sd(args: argparse.Namespace) -> None:
+    out, device, resume, processes = args.out, args.device, args.resume, _processes(args)
+    budget = budgets("sd", args.minutes, args.steps)
     cuda = device != "cpu"
-    processes = 1 if cuda else args.processes or max(n for n in (1, 2, 4) if n <= (os.cpu_count() or 1))
     images = AutoencoderRecipe(seed=args.seed, images=16 if cuda else 4)
     batch = args.batch or (128 if cuda else 16)
     noise = DenoiserRecipe(seed=args.seed, batch=batch, scenes=args.scenes or DenoiserRecipe.scenes)
-
-    def run(stage: Callable[..., None], *work: Any) -> None:
-        if processes > 1:
-            run_crew(processes, stage, work, out / "meeting")
-        else:
-            stage(SOLO, *work)
-
-    run(_autoencoder_stage, out, budget["autoencoder"], images, device, resume)
+    _run(processes, out, _autoencoder_stage, out, budget["autoencoder"], images, device, resume)
     vae = load_vae(out / "autoencoder.pt")
     print(f"autoencoder: {psnr(vae, 24):.2f} dB", flush=True)
     if not (resume and (out / "latents.pt").exists()):
         encode_world(vae, out, noise.scenes, device, processes)
-    run(_text_stage, out, budget["text"], TextRecipe(seed=args.seed), device, resume)
-    run(_denoiser_stage, out, budget["denoiser"], noise, device, resume)
-    run(_decoder_stage, out, budget["decoder"], images, device, resume)
+    _run(processes, out, _text_stage, out, budget["text"], TextRecipe(seed=args.seed), device, resume)
+    _run(processes, out, _denoiser_stage, out, budget["denoiser"], noise, device, resume)
+    _run(processes, out, _decoder_stage, out, budget["decoder"], images, device, resume)
     print(f"autoencoder after decoder refinement: {psnr(load_vae(out / 'decoder.pt'), 24):.2f} dB", flush=True)
     export(out, out / "pipeline")
-    return 0
+
+
+def _train_dit(args: argparse.Namespace) -> None:
+    """On the autoencoder and the text encoder that ship with `sd`."""
+    out, resume, processes = args.out, args.resume, _processes(args)
+    batch = args.batch or (256 if args.device != "cpu" else TransformerRecipe.batch)
+    recipe = TransformerRecipe(seed=args.seed, batch=batch)
+    if not (resume and (out / "latents.pt").exists()):
+        count = args.scenes or DenoiserRecipe.scenes
+        latents = scene_latents(weights_path("sd") / "vae", out, count, args.device, processes)
+        torch.save({"latents": latents.half()}, out / "latents.pt")
+    budget = budgets("dit", args.minutes, args.steps)["transformer"]
+    _run(processes, out, _transformer_stage, out, budget, recipe, args.device, resume)
+    export_transformer(out, out / "pipeline")
 
 
 if __name__ == "__main__":

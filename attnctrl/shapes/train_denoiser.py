@@ -58,17 +58,10 @@ def encode_scenes(crew: Crew, vae_path: Path, part: Path, count: int, device: st
     torch.save(parts, f"{part}{crew.rank}")
 
 
-def encode_world(vae: AutoencoderTiny, out: Path, count: int, device: str = "cpu", processes: int = 1) -> Tensor:
-    """Latents of the first `count` training scenes, whitened; the whitening is folded into `vae` in place.
-
-    Results are kept in `out/latents.pt`, with the whitened autoencoder in `out/vae`.
-
-    Returns:
-        (count, 4, 16, 16) float16, mean 0 and standard deviation 1 per channel.
-    """
+def scene_latents(vae_path: Path, out: Path, count: int, device: str = "cpu", processes: int = 1) -> Tensor:
+    """Latents of the first `count` training scenes under the autoencoder saved at `vae_path`: (count, 4, 16, 16)."""
     part = out / "latents.part"
-    vae.save_pretrained(out / "vae_raw")
-    arguments = (out / "vae_raw", part, count, device)
+    arguments = (vae_path, part, count, device)
     if processes > 1:
         run_crew(processes, encode_scenes, arguments, out / "meeting")
     else:
@@ -77,7 +70,19 @@ def encode_world(vae: AutoencoderTiny, out: Path, count: int, device: str = "cpu
     for rank in range(processes):
         parts |= torch.load(f"{part}{rank}", weights_only=True)
         Path(f"{part}{rank}").unlink()
-    latents = torch.cat([parts[start] for start in sorted(parts)])
+    return torch.cat([parts[start] for start in sorted(parts)])
+
+
+def encode_world(vae: AutoencoderTiny, out: Path, count: int, device: str = "cpu", processes: int = 1) -> Tensor:
+    """Latents of the first `count` training scenes, whitened; the whitening is folded into `vae` in place.
+
+    Results are kept in `out/latents.pt`, with the whitened autoencoder in `out/vae`.
+
+    Returns:
+        (count, 4, 16, 16) float16, mean 0 and standard deviation 1 per channel.
+    """
+    vae.save_pretrained(out / "vae_raw")
+    latents = scene_latents(out / "vae_raw", out, count, device, processes)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     vae = vae.cpu()
     models.fold_whitening(vae, mean, std)

@@ -2,15 +2,18 @@ import argparse
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from attnctrl.shapes import models
 from attnctrl.shapes.budget import Budget, Stage, learning_rate
 from attnctrl.shapes.crew import SOLO, Crew, run_crew
 from attnctrl.shapes.ema import Average
+from attnctrl.shapes.pretrained import assemble
 from attnctrl.shapes.train import add_arguments, budgets, main, text_encoder
 from attnctrl.shapes.train_autoencoder import AutoencoderRecipe, refine_decoder, train_autoencoder
 from attnctrl.shapes.train_denoiser import DenoiserRecipe, encode_world, train_denoiser
 from attnctrl.shapes.train_text import TextRecipe, train_text_encoder
+from attnctrl.shapes.train_transformer import TransformerRecipe, Velocity, packed, train_transformer
 
 IMAGES = AutoencoderRecipe(images=1, full_from=0.5)
 LATENTS = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
@@ -36,7 +39,13 @@ def denoiser(out, resume):
     return unet
 
 
-@pytest.mark.parametrize("stage", [autoencoder, decoder, text, denoiser])
+def transformer(out, resume):
+    torch.manual_seed(3)
+    recipe = TransformerRecipe(batch=2, warmup=1)
+    return train_transformer(text_encoder(), LATENTS, out, Budget(steps=4), recipe, resume=resume)
+
+
+@pytest.mark.parametrize("stage", [autoencoder, decoder, text, denoiser, transformer])
 def test_resumed_equals_uninterrupted(stage, tmp_path, monkeypatch):
     whole = stage(tmp_path / "whole", False).state_dict()
     advance = Stage.advance
@@ -67,6 +76,35 @@ def test_the_whole_command(tmp_path, capsys):
     before = (tmp_path / "denoiser.pt").stat().st_size
     assert main(parser.parse_args([*line.split(), "--resume"])) == 0
     assert (tmp_path / "denoiser.pt").stat().st_size == before
+
+
+def test_the_whole_command_for_the_transformer(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    line = f"dit --out {tmp_path} --steps 2 --scenes 4 --batch 2 --device cpu --processes 1"
+    assert main(parser.parse_args(line.split())) == 0
+    path = tmp_path / "pipeline"
+    assert (path / "model_index.json").exists()
+    model = FluxTransformer2DModel.from_pretrained(path / "transformer")
+    pipeline = assemble(model, FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"))
+    pipeline.to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["a red circle"], num_inference_steps=2, max_sequence_length=32, output_type="np").images
+    assert images.shape == (1, 128, 128, 3)
+
+
+def test_an_untrained_transformer_is_the_identity_with_closed_gates():
+    """Its blocks add nothing and its output is zero, but gradients reach the output projection."""
+    velocity = Velocity(models.transformer(), text_encoder())
+    predicted = velocity(torch.randn(1, 4, 16, 16), torch.tensor([0.5]), torch.zeros(1, 32, dtype=torch.long))
+    assert not predicted.any()
+    (predicted - 1).square().mean().backward()
+    assert velocity.transformer.proj_out.weight.grad.any()
+
+
+def test_packing_is_that_of_the_pipeline():
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(packed(latents), FluxPipeline._pack_latents(latents, 2, 4, 16, 16))
 
 
 def test_encoding_whitens_and_folds(tmp_path):
@@ -115,11 +153,12 @@ def test_average_follows_and_survives_a_checkpoint():
 
 
 def test_budgets():
-    assert budgets([100.0], None)["denoiser"] == Budget(minutes=71.0)
-    assert budgets([1.0, 2.0, 3.0, 4.0], None)["decoder"] == Budget(minutes=4.0)
-    assert budgets([9.0], [1, 2, 3, 4])["text"] == Budget(steps=2)
-    with pytest.raises(ValueError, match="takes 1 or 4 numbers"):
-        budgets([1.0, 2.0], None)
+    assert budgets("sd", [100.0], None)["denoiser"] == Budget(minutes=71.0)
+    assert budgets("sd", [1.0, 2.0, 3.0, 4.0], None)["decoder"] == Budget(minutes=4.0)
+    assert budgets("sd", [9.0], [1, 2, 3, 4])["text"] == Budget(steps=2)
+    assert budgets("dit", [9.0], None) == {"transformer": Budget(minutes=9.0)}
+    with pytest.raises(ValueError, match="sd has 4 stages .* but 2 numbers"):
+        budgets("sd", [1.0, 2.0], None)
     with pytest.raises(ValueError, match="either steps or minutes"):
         Budget(steps=1, minutes=1.0)
 
