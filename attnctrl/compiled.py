@@ -14,6 +14,7 @@ import torch
 from attnctrl.control import ATTENTION_POINTS
 from attnctrl.errors import ControlError
 from attnctrl.kernels import combine_masks
+from attnctrl.kernels.groups import TokenGroups
 from attnctrl.sites import Step
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ def site_masks(sampler: Sampler, step: Step) -> dict[str, torch.Tensor]:
             )
             with sampling.report.timed(one.index, one.control.name, "mask", step.index, site.name):
                 mask = one.control.mask(call, one.state)
+            if isinstance(mask, TokenGroups):
+                raise ControlError(
+                    f"{one.control.name} masks by token groups, whose kernel a compiled model does not call yet: use "
+                    "the pipeline without torch.compile."
+                )
             if mask is not None:
                 found.append(mask.expand(sampling.batch, -1, -1, -1))
         combined = combine_masks(found)

@@ -17,6 +17,7 @@ from attnctrl.sites import Call, Site, Step
 
 if TYPE_CHECKING:
     from attnctrl.guidance import Prediction
+    from attnctrl.kernels.groups import TokenGroups
     from attnctrl.sampling import Sampling
     from attnctrl.stepmaps import StepMaps
     from attnctrl.text import Text
@@ -159,8 +160,10 @@ class Control:
         """Edit query, key, value, or add streams."""
         return call
 
-    def mask(self, call: Call, state: Any) -> torch.Tensor | None:
+    def mask(self, call: Call, state: Any) -> torch.Tensor | TokenGroups | None:
         """What may be seen: bool (True = visible) or additive float, broadcastable to (batch, heads, queries, keys).
+
+        On sequences of many thousands of tokens: `TokenGroups`, which no kernel turns into an array of pairs.
 
         A control whose only attention point is this one, and whose mask depends on the site alone, also runs
         under torch.compile: its mask is asked for once per site with `call.query` absent (see `run.py`).

@@ -9,6 +9,8 @@ import torch
 
 from attnctrl.errors import ControlError
 from attnctrl.kernels import attention, combine_masks, logits
+from attnctrl.kernels.chunked import attention as grouped_attention
+from attnctrl.kernels.groups import TokenGroups
 from attnctrl.processors.work import Work
 from attnctrl.sampling import Active
 from attnctrl.sites import Call
@@ -33,7 +35,7 @@ def attend(call: Call, work: Work) -> torch.Tensor:
     if edited or (observe is not None and call.site.kind != "self"):
         probs = _probabilities(call, mask, active, work)
     if observe is not None:
-        observe(call, probs, mask)
+        observe(call, probs, mask if isinstance(mask, torch.Tensor) else None)
 
     result = None
     for one, timed in _having("attend", active, call, work):
@@ -43,7 +45,7 @@ def attend(call: Call, work: Work) -> torch.Tensor:
     if result is None and edited and probs is not None:
         result = torch.matmul(probs.to(call.value.dtype), call.value)
     if result is None:
-        result = attention(call.query, call.key, call.value, mask, call.scale)
+        result = _attention(call, mask)
     if call.streams:
         result = _merge_streams(call, result)
     for one, timed in _having("output", active, call, work):
@@ -68,12 +70,16 @@ def _having(
             yield one, work.report.timed(one.index, one.control.name, point, call.step.index, call.site.name)
 
 
-def _mask(call: Call, active: tuple[Active, ...], work: Work) -> torch.Tensor | None:
+def _mask(call: Call, active: tuple[Active, ...], work: Work) -> torch.Tensor | TokenGroups | None:
     masks = [] if call.mask is None else [call.mask]
+    groups: TokenGroups | None = None
     for one, timed in _having("mask", active, call, work):
         with timed:
             mask = one.control.mask(call, one.state)
         if mask is None:
+            continue
+        if isinstance(mask, TokenGroups):
+            groups = mask if groups is None else groups & mask
             continue
         if mask.ndim != 4:
             raise ControlError(
@@ -81,11 +87,34 @@ def _mask(call: Call, active: tuple[Active, ...], work: Work) -> torch.Tensor | 
                 "have the 4 axes (batch, heads, queries, keys), of size 1 where they do not matter."
             )
         masks.append(mask)
-    return combine_masks(masks)
+    dense = combine_masks(masks)
+    return dense if groups is None else _grouped(groups, dense, call)
 
 
-def _probabilities(call: Call, mask: torch.Tensor | None, active: tuple[Active, ...], work: Work) -> torch.Tensor:
-    scores = logits(call.query, call.key, mask, call.scale)
+def _grouped(groups: TokenGroups, dense: torch.Tensor | None, call: Call) -> TokenGroups:
+    """The groups without the keys that the model itself hides, such as text padding."""
+    if dense is None:
+        return groups
+    if dense.shape[1:3] != (1, 1):
+        raise ControlError(
+            f"at {call.site.name} one control masks by token groups and another by a mask of shape "
+            f"{tuple(dense.shape)}: they cannot work together."
+        )
+    hidden = ~dense if dense.dtype == torch.bool else dense == float("-inf")
+    return groups.hide_keys(hidden[:, 0, 0])
+
+
+def _attention(call: Call, mask: torch.Tensor | TokenGroups | None) -> torch.Tensor:
+    if isinstance(mask, TokenGroups):
+        return grouped_attention(call.query, call.key, call.value, mask, call.scale)[0]
+    return attention(call.query, call.key, call.value, mask, call.scale)
+
+
+def _probabilities(
+    call: Call, mask: torch.Tensor | TokenGroups | None, active: tuple[Active, ...], work: Work
+) -> torch.Tensor:
+    dense = mask.dense() if isinstance(mask, TokenGroups) else mask
+    scores = logits(call.query, call.key, dense, call.scale)
     for one, timed in _having("scores", active, call, work):
         with timed:
             scores = one.control.scores(scores, call, one.state)

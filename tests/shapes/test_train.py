@@ -157,7 +157,7 @@ def test_budgets():
     assert budgets("sd", [1.0, 2.0, 3.0, 4.0], None)["decoder"] == Budget(minutes=4.0)
     assert budgets("sd", [9.0], [1, 2, 3, 4])["text"] == Budget(steps=2)
     assert budgets("dit", [9.0], None) == {"transformer": Budget(minutes=9.0)}
-    with pytest.raises(ValueError, match="sd has 4 stages .* but 2 numbers"):
+    with pytest.raises(ValueError, match=r"sd has 4 stages .* but 2 numbers"):
         budgets("sd", [1.0, 2.0], None)
     with pytest.raises(ValueError, match="either steps or minutes"):
         Budget(steps=1, minutes=1.0)

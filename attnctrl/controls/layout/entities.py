@@ -1,0 +1,100 @@
+"""Text of the regions beside the prompt in one sequence: what methods of joint attention share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from attnctrl.control import Where
+from attnctrl.errors import ControlError
+from attnctrl.kernels.groups import TokenGroups
+from attnctrl.layout import Layout, Regions, per_prompt, resolve
+from attnctrl.sampling import Sampling
+from attnctrl.sites import Call
+from attnctrl.text import Text
+
+
+def with_entities(text: Text, sampling: Sampling, regions: Regions, kept: int) -> Text:
+    """The encoded prompt followed by a block of `kept` tokens for each region, encoded alone.
+
+    Behind the prompt rather than before it, so that the prompt's tokens keep their places. Prompts with fewer regions
+    get blocks of zeros, and so does a negative prompt that shares the batch: the mask hides them.
+    """
+    lists = per_prompt(regions, sampling.prompt_count)
+    most = max(len(rs) for rs in lists)
+    width = text.positive.shape[-1]
+    blocks = text.positive.new_zeros(len(lists), most * kept, width)
+    for row, rs in enumerate(lists):
+        if rs:
+            encoded = sampling.encode([r.text for r in rs]).positive[:, :kept]
+            encoded = F.pad(encoded, (0, 0, 0, kept - encoded.shape[1]))
+            blocks[row, : len(rs) * kept] = encoded.flatten(0, 1).to(blocks)
+    blocks = blocks.repeat_interleave(sampling.images_per_prompt, dim=0)
+    changed = text.change(positive=torch.cat([text.positive, blocks], dim=1))
+    if text.negative is not None:
+        changed = changed.change(negative=F.pad(text.negative, (0, 0, 0, blocks.shape[1])))
+    return changed
+
+
+@dataclass
+class Entities:
+    """The regions of one sampling with the places of their text blocks, and the masks made so far.
+
+    prompt: how many text tokens the prompt itself has. A mask is made once for all layers that agree on the places
+    of their tokens.
+    """
+
+    layout: Layout
+    prompt: int
+    masks: dict[Any, TokenGroups | None] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, sampling: Sampling, regions: Regions, where: Where) -> Entities:
+        """Raises ControlError for regions that are empty on the grid."""
+        return cls(resolve(sampling, regions, where, how="any", find=False), sampling.text_tokens)
+
+    def mask(self, call: Call, rule: str, make: Callable[[Places], TokenGroups]) -> TokenGroups | None:
+        """The groups that `make` builds for calls of this shape; None where the text holds no blocks.
+
+        rule: a name for what `make` does, under which the result is kept.
+        """
+        if call.site.kind != "joint":
+            raise ControlError(
+                f"{call.site.name} has {call.site.kind}-attention; entities need joint attention, where text and "
+                "latents share one sequence: use RegionPrompts or RegionMask on this model."
+            )
+        text, latent, total = call.queries.text, call.queries.latent, call.query.shape[2]
+        key = (rule, text.start, text.stop, latent.start, latent.stop, total)
+        if key not in self.masks:
+            count = text.stop - text.start - self.prompt
+            places = Places(self, text, latent, total, call)
+            self.masks[key] = make(places) if count else None
+        return self.masks[key]
+
+
+class Places:
+    """Where everything stands in one joint sequence, as membership of tokens: bool (batch, tokens) each.
+
+    prompt, latents: the prompt's own text; the picture's tokens, references included. entities: (batch, regions,
+    tokens), the text block of each region. inside: (batch, regions, tokens), the latents of each region.
+    """
+
+    def __init__(self, entities: Entities, text: slice, latent: slice, total: int, call: Call) -> None:
+        layout, device = entities.layout, call.query.device
+        batch, regions = layout.valid.shape
+        kept = (text.stop - text.start - entities.prompt) // regions
+        self.prompt = torch.zeros(batch, total, dtype=torch.bool, device=device)
+        self.prompt[:, text.start : text.start + entities.prompt] = True
+        self.entities = torch.zeros(batch, regions, total, dtype=torch.bool, device=device)
+        for r in range(regions):
+            start = text.start + entities.prompt + r * kept
+            self.entities[:, r, start : start + kept] = layout.valid[:, r, None]
+        self.inside = torch.zeros(batch, regions, total, dtype=torch.bool, device=device)
+        assert call.queries.grid is not None
+        self.inside[:, :, latent] = layout.mask(call.queries.grid, "any") > 0
+        self.latents = torch.ones(batch, total, dtype=torch.bool, device=device)
+        self.latents[:, text] = False
