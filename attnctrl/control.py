@@ -53,13 +53,13 @@ class Where:
     """Which sites a control acts on.
 
     kinds: any of "self", "cross", "joint". blocks: any of "down", "mid", "up"; None for all.
-    near: keep only the sites whose token count is nearest to this one (ratio-wise), e.g. 256 for the 16x16 maps
-    that the layout papers read. max_tokens: drop finer sites.
+    near: keep only the sites whose share of the latents' own tokens is nearest to this one (ratio-wise): 1/16 for the
+    maps that the layout papers read, 16x16 of 64x64 latents. max_tokens: drop finer sites.
     """
 
     kinds: tuple[str, ...] = ("cross", "joint")
     blocks: tuple[str, ...] | None = None
-    near: int | None = None
+    near: float | None = None
     max_tokens: int | None = None
 
     def select(self, sites: list[Site], latents: tuple[int, int, int]) -> list[Site]:
@@ -73,7 +73,7 @@ class Where:
         if self.max_tokens is not None:
             kept = [s for s in kept if tokens(s) <= self.max_tokens]
         if self.near is not None and kept:
-            near = float(self.near)
+            near = self.near * latents[0] * latents[1] * latents[2]
             best = min((tokens(s) for s in kept), key=lambda n: max(n / near, near / n))
             kept = [s for s in kept if tokens(s) == best]
         return kept

@@ -18,7 +18,7 @@ from attnctrl.report import Report
 from attnctrl.sites import Grid, Site, Step
 from attnctrl.text import Text
 
-RECORD_WHERE = Where(near=256)
+RECORD_WHERE = Where(near=1 / 16)
 _BEGUN = count()
 
 

@@ -32,10 +32,10 @@ def sites() -> list[Site]:
     [
         (ac.Where(blocks=("mid",)), ["mid.2.cross"]),
         (ac.Where(kinds=("self",), blocks=("mid", "up"), max_tokens=1024), ["mid.2.self", "up.2.self", "up.1.self"]),
-        (ac.Where(near=256), ["down.2.cross", "mid.2.cross", "up.2.cross"]),
-        (ac.Where(near=1500), ["down.1.cross", "up.1.cross"]),
-        (ac.Where(near=10**9), ["down.0.cross", "up.0.cross"]),
-        (ac.Where(near=4096, max_tokens=1024), ["down.1.cross", "up.1.cross"]),
+        (ac.Where(near=1 / 16), ["down.2.cross", "mid.2.cross", "up.2.cross"]),
+        (ac.Where(near=0.36), ["down.1.cross", "up.1.cross"]),
+        (ac.Where(near=1000), ["down.0.cross", "up.0.cross"]),
+        (ac.Where(near=1, max_tokens=1024), ["down.1.cross", "up.1.cross"]),
         (ac.Where(kinds=("joint",)), []),
         (ac.Where(max_tokens=10), []),
     ],
@@ -47,8 +47,8 @@ def test_where(where: ac.Where, names: list[str]) -> None:
 def test_near_is_a_ratio() -> None:
     """Of 64 and 1024 tokens, 400 is nearer to 1024 (a factor of 2.6, not 6.3), though not by difference."""
     two = [Site("a", "cross", "down", 0, 0), Site("b", "cross", "down", 1, 2)]
-    assert [s.name for s in ac.Where(near=400).select(two, (1, 32, 32))] == ["a"]
-    assert [s.name for s in ac.Where(near=200).select(two, (1, 32, 32))] == ["b"]
+    assert [s.name for s in ac.Where(near=400 / 1024).select(two, (1, 32, 32))] == ["a"]
+    assert [s.name for s in ac.Where(near=200 / 1024).select(two, (1, 32, 32))] == ["b"]
 
 
 @given(st.integers(1, 4), st.integers(1, 99), st.integers(1, 99), st.integers(0, 4))

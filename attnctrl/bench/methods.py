@@ -50,7 +50,8 @@ def parse_methods(text: str) -> list[Spec]:
 
     Each is `none`, `ideal`, or registered names joined by `+`, each with optional `{param=value;...}`. A value with
     bars, `scale=10|30|60`, stands for one method per value. Besides the method's parameters, `window=0.1..0.5` sets
-    its part of the noise schedule and `near=256` the token count of the maps that it reads.
+    its part of the noise schedule and `near=1/16` the maps that it reads, by their share of
+    the latents' tokens.
 
     Raises:
         ControlError: a name, a parameter or a value is not one of the method's.
@@ -100,7 +101,7 @@ def _params(chosen: Method, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         if name == "window":
             params[name] = _window(text)
         elif name == "near":
-            params["where"] = replace(defaults["where"], near=None if text == NONE else int(_number(name, text)))
+            params["where"] = replace(defaults["where"], near=None if text == NONE else _fraction(name, text))
         else:
             params[name] = _value(name, text, defaults.get(name))
     return params
@@ -125,6 +126,11 @@ def _value(name: str, text: str, default: Any) -> Any:
     if isinstance(default, int) and not number.is_integer():
         raise ControlError(f"{name} is {text}: give a whole number.")
     return int(number) if isinstance(default, int) else number
+
+
+def _fraction(name: str, text: str) -> float:
+    above, _, below = text.partition("/")
+    return _number(name, above) / _number(name, below or "1")
 
 
 def _number(name: str, text: str) -> float:

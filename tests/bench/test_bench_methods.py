@@ -13,16 +13,16 @@ REGIONS = [[Region("a red circle", box=(0.1, 0.1, 0.5, 0.5))]]
 
 def test_parameters_take_the_kind_of_their_default() -> None:
     (spec,) = parse_methods(
-        "loco{scale=60; iterations=3; squash=false; alpha=0; window=0.1..0.5; near=64}",
+        "loco{scale=60; iterations=3; squash=false; alpha=0; window=0.1..0.5; near=1/4}",
     )
     (loco,) = spec.controls(REGIONS, [["circle"]])
     assert isinstance(loco, LoCo)
     assert (loco.scale, loco.iterations, loco.squash, loco.alpha) == (60.0, 3, False, 0.0)
     assert loco.window == Window(0.1, 0.5)
-    assert loco.where.near == 64
+    assert loco.where.near == 0.25
     assert loco.where.kinds == ("cross", "self")
     assert loco.regions is REGIONS
-    assert spec.label == "loco{scale=60;iterations=3;squash=false;alpha=0;window=0.1..0.5;near=64}"
+    assert spec.label == "loco{scale=60;iterations=3;squash=false;alpha=0;window=0.1..0.5;near=1/4}"
 
 
 def test_lists_sums_and_alternatives() -> None:

@@ -38,7 +38,7 @@ def test_full_weight_hides_and_no_weight_does_nothing() -> None:
 
 def probabilities(*controls: ac.Control) -> list[torch.Tensor]:
     kept: list[torch.Tensor] = []
-    probe = Probs(edit=lambda p: (kept.append(p), p)[1], where=ac.Where(near=256))
+    probe = Probs(edit=lambda p: (kept.append(p), p)[1], where=ac.Where(near=1))
     with ac.control(tiny.sd(), *controls, probe) as run:
         tiny.draw(run.pipe, steps=1)
     return kept
@@ -82,7 +82,7 @@ def test_occurrences_can_be_told_apart() -> None:
         ac.Region("a cat", box=(0, 0, 0.5, 1), occurrence=0),
         ac.Region("a cat", box=(0.5, 0, 1, 1), occurrence=1),
     )
-    probe = Probs(edit=lambda p: (kept.append(p), p)[1], where=ac.Where(near=256))
+    probe = Probs(edit=lambda p: (kept.append(p), p)[1], where=ac.Where(near=1))
     with ac.control(pipe, ac.RegionMask(regions, boost=0.0), probe):
         tiny.draw(pipe, "a cat and a cat", steps=1)
     picture = kept[0].unflatten(2, (16, 16))

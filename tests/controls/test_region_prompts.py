@@ -71,7 +71,7 @@ def test_one_region_over_all_without_the_base_is_its_prompts_picture() -> None:
     pipe = tiny.sd()
     expected, stock = tiny.draw(pipe, "the red bird"), tiny.draw(pipe)
     one = ac.Region("cat", box=WHOLE, prompt="the red bird")
-    with ac.control(pipe, ac.RegionPrompts((one,), base_ratio=0.0)):
+    with ac.control(pipe, ac.RegionPrompts((one,), base_ratio=0.0, window=ac.Window(0.0, 1.0))):
         drawn = tiny.draw(pipe)
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(drawn, stock, atol=1e-3)

@@ -16,7 +16,7 @@ def test_maps_are_those_of_the_conditional_branch() -> None:
     pipe, kept = tiny.sd(), {}
 
     def keep(call: Call) -> None:
-        if call.queries.grid == (1, 16, 16):
+        if call.queries.grid == (1, 8, 8):
             probs = (call.query @ call.key.transpose(-1, -2) * call.scale).softmax(dim=-1)
             kept[call.site.name] = probs.mean(dim=1)[0]
 
@@ -24,8 +24,8 @@ def test_maps_are_those_of_the_conditional_branch() -> None:
         tiny.draw(pipe, steps=1)
     (position,) = run.sampling.find("dog")
     expected = torch.stack([probs[:, position] for probs in kept.values()]).mean(dim=0)
-    assert len(kept) == 3
-    torch.testing.assert_close(run.maps["dog"], expected.reshape(1, 16, 16))
+    assert len(kept) == 4
+    torch.testing.assert_close(run.maps["dog"], expected.reshape(1, 8, 8))
 
 
 def test_every_region_of_a_batch_has_its_map() -> None:
@@ -35,11 +35,11 @@ def test_every_region_of_a_batch_has_its_map() -> None:
     assert run.maps.phrases == ("cat", "dog")
     for image in range(4):
         cat, dog = run.maps.of("cat", image), run.maps.of("dog", image)
-        assert cat.shape == (2, 16, 16)
+        assert cat.shape == (2, 8, 8)  # of 16x16 latents, the level nearest to 1/16
         assert cat.dtype == torch.float32
         # The mask acted: each phrase is seen more on its own side.
-        assert cat[..., :8].mean() > 5 * cat[..., 8:].mean()
-        assert dog[..., 8:].mean() > 5 * dog[..., :8].mean()
+        assert cat[..., :4].mean() > 5 * cat[..., 4:].mean()
+        assert dog[..., 4:].mean() > 5 * dog[..., :4].mean()
 
 
 def test_recording_can_be_chosen() -> None:

@@ -68,7 +68,7 @@ class AStar(Control):
     threshold: float = param(0.5, "what of a map is kept, as a fraction of its maximum", 0, 1)
     iterations: int = param(1, "descents per step", 0, 50)
     window: Window = field(default=Window(0.0, 0.5), kw_only=True)
-    where: Where = field(default=Where(near=256), kw_only=True)
+    where: Where = field(default=Where(near=1 / 16), kw_only=True)
 
     @property
     def idle(self) -> bool:

@@ -46,7 +46,7 @@ class AttendExcite(Control):
     scale: float = param(20.0, "step size at the start", 0, 1000)
     iterations: int = param(1, "descents per step", 0, 50)
     window: Window = field(default=Window(0.0, 0.5), kw_only=True)
-    where: Where = field(default=Where(near=256), kw_only=True)
+    where: Where = field(default=Where(near=1 / 16), kw_only=True)
 
     @property
     def idle(self) -> bool:

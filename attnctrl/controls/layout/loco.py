@@ -53,8 +53,8 @@ class LoCo(Control):
     (mean over heads and layers; applied by a fused kernel, never built) and min-max normalised. No official code is
     public: beta, alpha and the number of iterations follow descriptions of the paper. `detach_self_attn` stops the
     gradient through the self-attention; the paper leaves it open. `sharpen=False` reads the cross maps alone, which
-    is the loss of layout-guidance (arXiv 2304.03373). Described elsewhere with gamma 30 and 5 iterations, which
-    break pictures of the shapes world.
+    is the loss of layout-guidance (arXiv 2304.03373). Described elsewhere with 5 iterations; gamma 60 breaks
+    pictures of the shapes world.
     Families: every one with text keys and separate self-attention.
     """
 
@@ -62,7 +62,7 @@ class LoCo(Control):
     fixes: ClassVar[str] = "objects in the wrong place or melted together, from boxes or masks"
 
     regions: Regions = ()
-    scale: float = param(10.0, "step size gamma", 0, 1000)
+    scale: float = param(30.0, "step size gamma", 0, 1000)
     alpha: float = param(0.2, "weight of the special-token loss", 0, 10)
     beta: float = param(0.8, "share of the start token in the special-token map", 0, 1)
     iterations: int = param(3, "descents per step at most", 0, 50)
@@ -71,7 +71,7 @@ class LoCo(Control):
     detach_self_attn: bool = param(False, "no gradient through the self-attention")
     squash: bool = param(True, "sigmoid before the cross-entropy, as in the paper")
     window: Window = field(default=Window(0.0, 0.4), kw_only=True)
-    where: Where = field(default=Where(kinds=("cross", "self"), near=256), kw_only=True)
+    where: Where = field(default=Where(kinds=("cross", "self"), near=1 / 16), kw_only=True)
 
     @property
     def idle(self) -> bool:

@@ -91,12 +91,12 @@ class Refocus(Control):
     fixes: ClassVar[str] = "objects in the wrong place or missing, from boxes"
 
     regions: Regions = ()
-    scale: float = param(2.0, "step size, times the schedule's 4 to 1", 0, 1000)
+    scale: float = param(1.0, "step size, times the schedule's 4 to 1", 0, 1000)
     cross_weight: float = param(1.0, "weight of the cross-attention loss", 0, 10)
     self_weight: float = param(1.0, "weight of the self-attention loss", 0, 10)
     enough: float = param(0.2, "a word needs no more once it has this share of a pixel in its box", 0, 1)
     window: Window = field(default=Window(0.0, 0.72), kw_only=True)
-    where: Where = field(default=Where(kinds=("cross", "self", "joint"), near=256), kw_only=True)
+    where: Where = field(default=Where(kinds=("cross", "self", "joint"), near=1 / 16), kw_only=True)
 
     @property
     def idle(self) -> bool:

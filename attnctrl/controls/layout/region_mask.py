@@ -43,7 +43,7 @@ class RegionMask(Control):
 
     regions: Regions = ()
     weight: float = param(1.0, "how much of the attention from outside is removed: logit bias log(1 - weight)", 0, 1)
-    boost: float = param(4.0, "logit bias inside the region", 0, 20)
+    boost: float = param(6.0, "logit bias inside the region", 0, 20)
     window: Window = field(default=Window(0.0, 0.8), kw_only=True)
 
     @property

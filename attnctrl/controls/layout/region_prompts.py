@@ -75,6 +75,7 @@ class RegionPrompts(Control):
     overlaps share by `Region.weight`. The main prompt takes part in the regions by `base_ratio`, 0.2 there.
     `confine`, which those tools lack because their regions tile the picture: where phrases of the regions also stand
     in the main prompt, pixels outside every region do not see them there; else they draw a second copy.
+    Those tools act in every step; on the shapes world that costs objects, hence the default window.
     Families: every one with separate text keys.
     """
 
@@ -85,7 +86,7 @@ class RegionPrompts(Control):
     base_ratio: float = param(0.2, "share of the main prompt inside the regions; 1 is the stock picture", 0, 1)
     feather: float = param(0.0, "softness of the region borders, as a fraction of the shorter side", 0, 0.5)
     confine: bool = param(True, "hide the regions' words of the main prompt from pixels outside every region")
-    window: Window = field(default=Window(0.0, 1.0), kw_only=True)
+    window: Window = field(default=Window(0.0, 0.3), kw_only=True)
 
     @property
     def idle(self) -> bool:
