@@ -6,12 +6,15 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.attention import flex_attention as library
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.groups_reference import check
 from attnctrl.kernels.tiles import tile_maps
 
+AuxRequest: Any = getattr(library, "AuxRequest", None)
+"""How newer torch is asked for the log-sum-exp; older has the flag `return_lse`."""
 BLOCK = 128
 """FlexAttention's own block size."""
 
@@ -32,10 +35,12 @@ def group_attention(
     check(query, key, value, groups, scale)
     attend = _compiled() if query.device.type == "cuda" else flex_attention
     mask = block_mask(groups)
-    if return_lse:
-        output, lse = attend(query, key, value, block_mask=mask, scale=scale, return_lse=True)
-        return output, lse
-    return attend(query, key, value, block_mask=mask, scale=scale), None
+    if not return_lse:
+        return attend(query, key, value, block_mask=mask, scale=scale), None
+    if AuxRequest is None:
+        return attend(query, key, value, block_mask=mask, scale=scale, return_lse=True)
+    output, more = attend(query, key, value, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+    return output, more.lse
 
 
 def block_mask(groups: TokenGroups) -> BlockMask:

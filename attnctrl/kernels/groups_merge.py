@@ -83,7 +83,8 @@ def _attend_kinds(
     for kind in found:
         queries = query.index_select(2, kind.queries)
         if len(kind.keys) == 0:
-            output = torch.zeros_like(queries)
+            # 0, as a sum over no keys, so that it has a gradient like the rest: 0 too.
+            output = queries @ _take(key, kind.keys).transpose(-1, -2) @ _take(value, kind.keys)
             lse: torch.Tensor | None = queries.new_full(queries.shape[:3], float("-inf"), dtype=torch.float32)
         else:
             output, lse = attend(queries, _take(key, kind.keys), _take(value, kind.keys), scale)
