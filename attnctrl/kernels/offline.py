@@ -98,13 +98,16 @@ def usage(name: str, head_dim: int, dtype: torch.dtype, architecture: int, tile:
     return Usage(name, architecture, head_dim, dtype, tile, registers, stack, spills, compiled.metadata.shared, matrix)
 
 
-def usages(head_dims: Sequence[int] = (64, 128), dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> Iterator[Usage]:
-    """Every kernel in every architecture, with the tiles of the table."""
-    for dtype in dtypes:
-        for head_dim in head_dims:
-            for name in KERNELS:
-                for architecture in ARCHITECTURES:
-                    yield usage(name, head_dim, dtype, architecture)
+def usages(
+    head_dims: Sequence[int] = (64, 128),
+    dtype: torch.dtype = torch.bfloat16,
+    architectures: Sequence[int] = ARCHITECTURES,
+) -> Iterator[Usage]:
+    """Every kernel for every head_dim and architecture, with the tiles of the table."""
+    for head_dim in head_dims:
+        for name in KERNELS:
+            for architecture in architectures:
+                yield usage(name, head_dim, dtype, architecture)
 
 
 def cuobjdump() -> Path | None:

@@ -66,6 +66,15 @@ def test_forms_and_their_gradients_agree_with_the_reference(form: str | None, ma
         torch.testing.assert_close(mine, exact)
 
 
+@pytest.mark.parametrize("groups", [random_groups(70, 45, 3, 0.3, (2, 1)), random_groups(70, 45, 40)])
+def test_without_gradients_few_kinds_and_many_agree_with_the_reference(groups: TokenGroups) -> None:
+    inputs = tensors(2, 2, 70, 45, 8)
+    output = group_attention(*inputs, groups, SCALE)
+    torch.testing.assert_close(output, group_attention(*inputs, groups, SCALE, form="reference"))
+    if groups.batch > 1:  # few: the same calls as the form that is chosen for them
+        assert torch.equal(output, group_attention(*inputs, groups, SCALE, form="merge"))
+
+
 @pytest.mark.parametrize("mask", ["overlapping", "padded"])
 def test_flex_agrees_with_the_reference(mask: str) -> None:
     # More than one of its blocks, so that full, partial and skipped ones occur; forward only, as on a CPU it must be.
