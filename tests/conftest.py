@@ -1,4 +1,8 @@
-"""Settings for every test: one torch thread per process, quiet libraries, and property tests that repeat exactly."""
+"""Settings for every test: one torch thread per process, quiet libraries, and property tests that repeat exactly.
+
+Triton is switched to its interpreter where there is no GPU: it asks only once, when its kernels (and its own library's)
+are defined, so that must be before anything imports triton, which diffusers does and torch does not.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports a Hugging Face library
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnctrl.bench import dose, fidelity, layout, overhead
+from attnctrl.bench import dose, fidelity, kernels, layout, overhead
 from attnctrl.bench.compare import compare
 from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
@@ -20,7 +20,7 @@ from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
-BENCHES = (*COMPARISONS, "overhead")
+BENCHES = (*COMPARISONS, "overhead", "kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="shapes-sd", help="shapes-sd, or a pipeline's folder or name (default: %(default)s)"
     )
-    parser.add_argument("--images", type=_count, metavar="N", help="pictures per row; overhead: repetitions")
+    parser.add_argument("--images", type=_count, metavar="N", help="pictures per row; overhead, kernels: repetitions")
     parser.add_argument("--objects", type=_counts, metavar="2,3,4", help="numbers of objects, each 1 to 4")
     parser.add_argument(
         "--methods",
@@ -54,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `args.bench` and print its table. Returns 0; 1 when a method failed; 2 when the request makes no sense."""
     try:
-        results = _overhead(args) if args.bench == "overhead" else _comparison(args, COMPARISONS[args.bench])
+        if args.bench == "kernels":
+            results = _kernels(args)
+        else:
+            results = _overhead(args) if args.bench == "overhead" else _comparison(args, COMPARISONS[args.bench])
     except ControlError as error:
         print(f"attnctrl bench: {error}", file=sys.stderr)
         return 2
@@ -85,6 +88,19 @@ def _overhead(args: argparse.Namespace) -> Results:
         results = _results(args, settings, repetitions=repetitions, weights=fingerprint(pipe))
         overhead.measure(pipe, specs, repetitions, settings, results)
     print(overhead.table(results))
+    return results
+
+
+def _kernels(args: argparse.Namespace) -> Results:
+    if args.resume:
+        raise ControlError("kernels is measured in one go, so it cannot be resumed.")
+    device = _device(args)
+    repetitions = args.images or (kernels.QUICK_REPETITIONS if args.quick else kernels.REPETITIONS)
+    settings = {"repetitions": repetitions, "seed": args.seed, "device": device.type}
+    where = environment(device, str(kernels.dtype_of(device)).removeprefix("torch."))
+    results = Results(args.bench, "-", settings, where, path=args.json)
+    kernels.measure(device, repetitions, args.seed, results)
+    print(kernels.table(results))
     return results
 
 

@@ -1,5 +1,17 @@
 """Attention kernels; they know nothing of controls."""
 
+from attnctrl.kernels.columns import column_probabilities
+from attnctrl.kernels.dispatch import attention_with_lse, group_attention
+from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.reference import attention, combine_masks, logits, probabilities
 
-__all__ = ["attention", "combine_masks", "logits", "probabilities"]
+__all__ = [
+    "attention",
+    "combine_masks",
+    "logits",
+    "probabilities",
+    "TokenGroups",
+    "group_attention",
+    "attention_with_lse",
+    "column_probabilities",
+]

@@ -53,7 +53,8 @@ class _Chunked(torch.autograd.Function):
         chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = precision(query)
-        keys, values = key.to(exact).transpose(-1, -2), value.to(exact)
+        # Contiguous, or every chunk's product would copy them anew.
+        keys, values = key.to(exact).transpose(-1, -2).contiguous(), value.to(exact).contiguous()
         output = torch.empty_like(query)
         lse = torch.empty(query.shape[:3], dtype=exact, device=query.device)
         for rows in _chunks(query.shape[2], chunk):
@@ -75,7 +76,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         exact = precision(query)
-        keys, values = key.to(exact), value.to(exact)
+        keys, values = key.to(exact).contiguous(), value.to(exact).contiguous()
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(keys), torch.zeros_like(values)
         for rows in _chunks(query.shape[2], ctx.chunk):

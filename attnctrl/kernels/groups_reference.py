@@ -21,6 +21,10 @@ def check(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or head_dim: repeat the "
             "keys where several heads share them."
         )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}: use one element type."
+        )
     if not scale > 0:
         raise ValueError(f"scale is {scale}: it must be positive, usually head_dim ** -0.5.")
     if groups is None:

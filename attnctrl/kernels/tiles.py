@@ -53,24 +53,20 @@ def tile_maps(groups: TokenGroups, query_tile: int, key_tile: int) -> tuple[torc
 
     visited: some query of the tile may share a group with some key. full: one group holds all its queries and all
     its keys; a tile that is full through several groups in turn counts as partial, which costs time, not exactness.
-    A tile that ends beyond the last key is never full, so that its tail is masked; beyond the last query it may be,
-    because those rows are computed and dropped.
+    A tile that ends beyond the last token is never full, because tokens that are not there have no bits.
     """
     some_query, some_key = tile_bits(groups.query_bits, query_tile), tile_bits(groups.key_bits, key_tile)
-    all_query = tile_bits(groups.query_bits, query_tile, common=True, tail=-1)
+    all_query = tile_bits(groups.query_bits, query_tile, common=True)
     all_key = tile_bits(groups.key_bits, key_tile, common=True)
     visited = (some_query[:, :, None] & some_key[:, None, :]) != 0
     full = (all_query[:, :, None] & all_key[:, None, :]) != 0
     return visited, full
 
 
-def tile_bits(bits: torch.Tensor, tile: int, common: bool = False, tail: int = 0) -> torch.Tensor:
-    """The groups that any (or, `common`, every) token of a tile has: int64 (batch, tiles).
-
-    tail: the bits of the tokens that are missing from the last tile.
-    """
+def tile_bits(bits: torch.Tensor, tile: int, common: bool = False) -> torch.Tensor:
+    """The groups that any (or, `common`, every) token of a tile has: int64 (batch, tiles)."""
     tiles = -(-bits.shape[1] // tile)
-    padded = bits.new_full((bits.shape[0], tiles * tile), tail)
+    padded = bits.new_zeros(bits.shape[0], tiles * tile)
     padded[:, : bits.shape[1]] = bits
     folded = padded.view(bits.shape[0], tiles, tile)
     while folded.shape[-1] > 1:  # by halves: torch has no such reduction, and one launch per token would be slow
