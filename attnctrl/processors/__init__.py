@@ -7,9 +7,10 @@ from typing import Any
 from attnctrl.errors import ControlError
 from attnctrl.processors.family import Family
 from attnctrl.processors.flux import FluxFamily
+from attnctrl.processors.sd3 import SD3Family
 from attnctrl.processors.unet import UNetFamily
 
-FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily)
+FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily, SD3Family)
 
 
 def family_of(pipe: Any) -> Family:
