@@ -51,7 +51,7 @@ class Installation:
             if not self.family.reproducible(stock):
                 self.foreign[site.name] = type(stock).__name__
                 continue
-            ours = self.family.processor(stock, site, self)
+            ours = self.family.stand_in(stock, site, self)
             module.set_processor(ours)
             self.placed.append((module, ours, stock))
         outer: torch.nn.Module = self.family.outer
@@ -110,7 +110,8 @@ def acquire(family: Any, *, frozen: bool = False) -> Installation:
     frozen: gradients by the latents will be taken, so the weights need none until the last user has gone.
     """
     with _LOCK:
-        found = next((m.processor.owner for _, m in family.sites() if isinstance(m.processor, family.processor)), None)
+        owners = (getattr(m.processor, "owner", None) for _, m in family.sites())
+        found = next((owner for owner in owners if isinstance(owner, Installation)), None)
         # A model compiled after the first run entered has another outer module, whose hooks would be missing.
         if found is not None and found.family.outer is not family.outer:
             raise ControlError(

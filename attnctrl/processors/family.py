@@ -66,6 +66,10 @@ class Family:
         """Whether our processor computes what this stock one does."""
         return type(stock) in self.plain
 
+    def stand_in(self, stock: Any, site: Site, owner: Any) -> Any:
+        """Our processor for `stock` at `site`; owner: the installation that puts it there."""
+        return self.processor(stock, site, owner)
+
     def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
         """Blocks that are compiled one by one, with what hands each its own masks."""
         return []
