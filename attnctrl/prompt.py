@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ class Reader:
     argument: the prompt's name in `encode_prompt`; where it is None, "prompt" counts. limit: how many tokens the
     encoder takes, None for the tokenizer's own limit. offset: where its first token stands among the denoiser's
     text tokens. template, drop: what the prompt is put into, and how many of the first tokens are cut off again.
+    clean: what the pipeline does to the prompt before. special: whether special tokens are added. left: whether the
+    pipeline pads to the limit on the left.
     """
 
     tokenizer: Any
@@ -24,6 +27,9 @@ class Reader:
     offset: int = 0
     template: str = "{}"
     drop: int = 0
+    clean: Callable[[str], str] | None = None
+    special: bool = True
+    left: bool = False
 
     def read(self, prompt: str) -> PromptTokens:
         """Tokenize `prompt` as the pipelines do, without truncating. Raises ControlError for slow tokenizers."""
@@ -32,13 +38,22 @@ class Reader:
                 f"{type(self.tokenizer).__name__} gives no character offsets, so phrases cannot be found in the "
                 "prompt: load its fast form (transformers 5 does so by default)."
             )
-        encoded = self.tokenizer(self.template.format(prompt), return_offsets_mapping=True, truncation=False)
+        prompt = prompt if self.clean is None else self.clean(prompt)
+        # Not str.format: a chat template may hold braces of its own.
+        encoded = self.tokenizer(
+            self.template.replace("{}", prompt, 1),
+            return_offsets_mapping=True,
+            truncation=False,
+            add_special_tokens=self.special,
+        )
         ids = encoded["input_ids"][self.drop :]
         tokens = tuple(t.replace("</w>", "") for t in self.tokenizer.convert_ids_to_tokens(ids))
         start = self.template.index("{}")
         spans = tuple(_within(a - start, b - start, len(prompt)) for a, b in encoded["offset_mapping"][self.drop :])
         limit = int(self.limit or self.tokenizer.model_max_length)
-        return PromptTokens(prompt, tokens, spans, limit, min(len(ids), limit) - 1, self.offset)
+        used = min(len(ids), limit)
+        offset = self.offset + (limit - used if self.left else 0)
+        return PromptTokens(prompt, tokens, spans, limit, used - 1, offset)
 
 
 def _within(start: int, end: int, length: int) -> tuple[int, int]:
