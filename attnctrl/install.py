@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from attnctrl.compiled import compiled_in_place, enclose
 from attnctrl.errors import ControlError
@@ -14,8 +17,6 @@ from attnctrl.processors.work import Work
 from attnctrl.sites import Site
 
 if TYPE_CHECKING:
-    import torch
-
     from attnctrl.run import Run
 
 # The runs that the current thread (or task) is inside of, outermost first.
@@ -34,10 +35,28 @@ class Installation:
         self.foreign: dict[str, str] = {}
         self.undo: list[Callable[[], None]] = []
         self.frozen: list[torch.nn.Parameter] = []
+        self.recomputed: Run | None = None
+        self.turn = threading.Lock()
 
     def current(self) -> Run | None:
         """The run of this thread that is in the middle of a sampling on this model."""
-        return latest(run for run in RUNS.get() if run.installation is self)
+        runs = RUNS.get()
+        if not runs and torch.is_grad_enabled():
+            return self.recomputed
+        return latest(run for run in runs if run.installation is self)
+
+    @contextmanager
+    def recomputing(self, run: Run) -> Iterator[None]:
+        """While gradient checkpointing may run layers again in autograd's own threads, which are inside of no run.
+
+        For models that hand no keywords to their processors. Runs take turns, as those threads belong to neither.
+        """
+        with self.turn:
+            self.recomputed = run
+            try:
+                yield
+            finally:
+                self.recomputed = None
 
     def work(self, site: Site) -> Work | None:
         """What the processor of `site` has to do now; None for the stock attention."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +52,11 @@ class Sampler:
         """Pre-hook: starts the sampling, runs the noise and loss points once per step, hands on the new latents."""
         if self.inner or self.idle:
             return None
+        if self.family.compiled and not self.family.compiles:
+            raise ControlError(
+                f"{type(self.family.model).__name__} is compiled, and attnctrl controls it uncompiled only: use the "
+                "pipeline without torch.compile."
+            )
         names, signature = self.family.names, self.family.signature
         sample = signature.get(args, kwargs, names.latents)
         self.rows, self.text = sample.shape[0], signature.get(args, kwargs, names.text).shape[1]
@@ -238,8 +243,12 @@ class Sampler:
         checkpointed = self.family.checkpointed
         # A caller's inference mode left tensors that autograd must not save.
         args, kwargs = ordinary((args, kwargs))
-        if checkpointed:
+        turn: AbstractContextManager = nullcontext()
+        if checkpointed and self.family.names.extras:
             kwargs = self.family.with_extra(kwargs, SOURCE, self)
+        elif checkpointed:
+            assert self.run.installation is not None
+            turn = self.run.installation.recomputing(self.run)
 
         def forward(leaf: torch.Tensor, reader: Reader) -> None:
             self.reader = reader
@@ -251,7 +260,7 @@ class Sampler:
         cond = sample[self.branches()[-1].rows]
         try:
             # Until the gradients are taken: checkpointing runs layers again in the backward pass.
-            with self._inside():
+            with self._inside(), turn:
                 self.change.add(descend(self.sampling, losses, cond, latents, forward, stop=not checkpointed))
         finally:
             self.reader = None

@@ -33,7 +33,8 @@ class Family:
 
     processor: our stand-in. plain: the stock processors whose function it computes. separate: the unconditional
     prediction is a call of its own, after the conditional one, not the first half of the batch. encodes: how often
-    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own.
+    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own. compiles:
+    whether the processor can take its masks inside of torch.compile.
     """
 
     describes: ClassVar[str] = ""
@@ -42,6 +43,7 @@ class Family:
     names: ClassVar[Names] = Names()
     separate: ClassVar[bool] = False
     encodes: ClassVar[int] = 1
+    compiles: ClassVar[bool] = False
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.outer = model
