@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextModel, GemmaTokenizer, Qwen2Tokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from tests import tiny
 
@@ -23,6 +24,42 @@ def t5_tokenizer() -> T5Tokenizer:
     words = [("▁" + word, -2.0) for word in tiny.WORDS]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -5.0), *words, *((c, -8.0) for c in LETTERS)]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TOKENS)
+
+
+def merged(letters: list[str], space: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a BPE tokenizer: letters, and whole words behind a space."""
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    merges = []
+    for word in tiny.WORDS:
+        left = space
+        for letter in word:
+            if (left, letter) not in merges:
+                merges.append((left, letter))
+            left += letter
+            vocab.setdefault(left, len(vocab))
+    return vocab, merges
+
+
+@cache
+def gemma_tokenizer() -> GemmaTokenizer:
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
+    vocab, merges = merged(letters, "▁")
+    return GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=64)
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@cache
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    vocab, merges = merged(sorted(ByteLevel.alphabet()), "Ġ")
+    made = Qwen2Tokenizer(vocab=vocab, merges=merges, model_max_length=512, chat_template=CHAT)
+    marks = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    made.add_tokens(list(marks), special_tokens=True)
+    return made
 
 
 def t5(width: int = 16) -> T5EncoderModel:

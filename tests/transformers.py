@@ -6,16 +6,21 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, Gemma2Config, Gemma2Model
 
 from tests import tiny
-from tests.parts import TOKENS, Tiny, clip, revived, t5, t5_tokenizer, vae
+from tests.parts import TOKENS, Tiny, clip, gemma_tokenizer, revived, t5, t5_tokenizer, vae
 
 
 def flux() -> Any:
@@ -73,6 +78,78 @@ def sd3(**more: Any) -> Any:
     )
 
 
+def pixart(**more: Any) -> Any:
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+    )
+    return PixArtAlphaPipeline(
+        transformer=revived(model),
+        scheduler=tiny.SCHEDULERS["ddim"](),
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def sana(**more: Any) -> Any:
+    torch.manual_seed(0)
+    model = SanaTransformer2DModel(
+        sample_size=32,
+        num_layers=2,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        qk_norm="rms_norm_across_heads",
+    )
+    tokenizer = gemma_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+    )
+    blocks = ("ResBlock", "EfficientViTBlock")
+    return SanaPipeline(
+        transformer=revived(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+        ).eval(),
+        text_encoder=Gemma2Model(config).eval(),
+        tokenizer=tokenizer,
+    )
+
+
 FLUX = Tiny(
     flux,
     guided={"true_cfg_scale": 3.0, "negative_prompt": "a bird"},
@@ -91,7 +168,29 @@ SD3 = Tiny(
     sites=3,
     more={"max_sequence_length": TOKENS},
 )
-FAMILIES = {"flux": FLUX, "sd3": SD3}
+PIXART = Tiny(
+    pixart,
+    guided={"guidance_scale": 3.0, "negative_prompt": "a bird"},
+    free={"guidance_scale": 1.0},
+    size=(16, 24),
+    grid=(1, 4, 6),
+    sites=4,
+    more={"max_sequence_length": TOKENS, "use_resolution_binning": False},
+)
+SANA = Tiny(
+    sana,
+    guided={"guidance_scale": 3.0, "negative_prompt": "a bird"},
+    free={"guidance_scale": 1.0},
+    size=(32, 64),
+    grid=(1, 8, 16),
+    sites=2,
+    more={
+        "max_sequence_length": TOKENS,
+        "use_resolution_binning": False,
+        "complex_human_instruction": ["the red dog", "and the bird: "],
+    },
+)
+FAMILIES = {"flux": FLUX, "sd3": SD3, "pixart": PIXART, "sana": SANA}
 
 
 def draw(pipe: Any, family: Tiny, prompt: Any = tiny.PROMPT, steps: int = 3, free: bool = False, **kwargs: Any) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 from attnctrl.errors import ControlError
 from attnctrl.processors.family import Family
 from attnctrl.processors.flux import FluxFamily
+from attnctrl.processors.pixart import PixArtFamily
+from attnctrl.processors.sana import SanaFamily
 from attnctrl.processors.sd3 import SD3Family
 from attnctrl.processors.unet import UNetFamily
 
-FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily, SD3Family)
+FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily, SD3Family, PixArtFamily, SanaFamily)
 
 
 def family_of(pipe: Any) -> Family:

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import attnctrl as ac
-from tests.probes import Guide, Inputs, Latents, Mask, Noise, Output
-from tests.spies import Stop, stop_at
+from attnctrl.sites import Call
+from tests import tiny
+from tests.probes import Context, Guide, Inputs, Latents, Mask, Noise, Output, Token
+from tests.spies import Stop
 from tests.transformers import FAMILIES, Tiny, draw
 
 ALL = ac.Where(kinds=("self", "cross", "joint"))
@@ -28,12 +30,19 @@ def test_without_controls_the_picture_is_the_stock_one(family: Tiny, free: bool)
     assert torch.equal(draw(pipe, family, free=free), expected)
 
 
+def stop(call: Call) -> Call:
+    """Break off in the second step."""
+    if call.step.index == 1:
+        raise Stop
+    return call
+
+
 @every_family
 def test_every_processor_comes_back(family: Tiny) -> None:
     pipe = family.make()
     before = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
-    with pytest.raises(Stop), ac.control(pipe, Inputs(where=ALL)):
-        draw(pipe, family, callback_on_step_end=stop_at(1))
+    with pytest.raises(Stop), ac.control(pipe, Inputs(edit=stop, where=ALL)):
+        draw(pipe, family)
     after = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
@@ -152,3 +161,43 @@ def test_phrases_are_found_where_they_stand(family: Tiny) -> None:
         )
     with pytest.raises(ac.ControlError, match='"bird" is not in the prompt'):
         run.sampling.find("bird")
+
+
+@every_family
+def test_words_are_embedded_where_they_are_found(family: Tiny) -> None:
+    """Another word in the prompt changes the text most at the positions of the word that it replaces."""
+    pipe, context = family.make(), Context(by=0.0)
+    with ac.control(pipe, context) as run:
+        draw(pipe, family, steps=1)
+        again, other = run.sampling.encode([tiny.PROMPT, tiny.PROMPT.replace("dog", "bird")]).positive
+    close(again[None], context.got[0].positive)
+    moved = (again - other).norm(dim=-1)
+    positions = run.sampling.find("dog")
+    assert moved.argmax().item() in positions
+    assert all(moved[position] > moved.mean() for position in positions)
+
+
+@every_family
+def test_the_context_point_changes_the_text(family: Tiny) -> None:
+    pipe = family.make()
+    expected = draw(pipe, family)
+    with ac.control(pipe, Context(by=0.0)):
+        assert torch.equal(draw(pipe, family), expected)
+    with ac.control(pipe, Context(by=1.0)):
+        assert not torch.allclose(draw(pipe, family), expected, atol=1e-3)
+
+
+@every_family
+@pytest.mark.parametrize("free", [False, True])
+def test_losses_move_the_latents(family: Tiny, free: bool) -> None:
+    """The gradient by the latents comes through every layer, and checkpointing does not change it."""
+    pipe = family.make()
+    expected, drawn = draw(pipe, family, free=free), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            pipe.transformer.enable_gradient_checkpointing()
+        with ac.control(pipe, Token(scale=100.0)) as run:
+            drawn.append(draw(pipe, family, free=free))
+        assert len(run.losses) == 3
+    assert not torch.allclose(drawn[0], expected, atol=1e-3)
+    close(drawn[1], drawn[0])
