@@ -49,11 +49,13 @@ class Reader:
         ids = encoded["input_ids"][self.drop :]
         tokens = tuple(t.replace("</w>", "") for t in self.tokenizer.convert_ids_to_tokens(ids))
         start = self.template.index("{}")
-        spans = tuple(_within(a - start, b - start, len(prompt)) for a, b in encoded["offset_mapping"][self.drop :])
+        places = [(a - start, b - start) for a, b in encoded["offset_mapping"][self.drop :]]
+        spans = tuple(_within(a, b, len(prompt)) for a, b in places)
+        # Where a template goes on after the prompt, its first token there is what ends the text.
+        end = next((i for i, (a, b) in enumerate(places) if b > a >= len(prompt)), len(ids) - 1)
         limit = int(self.limit or self.tokenizer.model_max_length)
-        used = min(len(ids), limit)
-        offset = self.offset + (limit - used if self.left else 0)
-        return PromptTokens(prompt, tokens, spans, limit, used - 1, offset)
+        offset = self.offset + (limit - min(len(ids), limit) if self.left else 0)
+        return PromptTokens(prompt, tokens, spans, limit, min(end, limit - 1), offset)
 
 
 def _within(start: int, end: int, length: int) -> tuple[int, int]:
