@@ -49,7 +49,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
                 given[name] = arguments[name]
             elif parameter.default is parameter.empty:
                 given[name] = None  # the second and third prompts, which follow the first
-        plain = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "prompt": texts}
+        plain = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "prompt": list(texts)}
         given |= {name: value for name, value in plain.items() if name in arguments}
         return family.text(stock(**given))
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnctrl.calls import Signature
+from attnctrl.calls import Signature, rows_of
 from attnctrl.compiled import compiled_in_place
 from attnctrl.processors.work import Branch, call_of, halves_of
 from attnctrl.prompt import Reader
@@ -81,6 +81,34 @@ class Family:
     def signature(self) -> Signature:
         """The arguments of the denoiser's forward."""
         return Signature(self.model.forward)
+
+    def sample(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The denoiser's input, (rows, ...)."""
+        return self.signature.get(args, kwargs, self.names.latents)
+
+    def with_sample(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with another input."""
+        return self.signature.put(args, kwargs, self.names.latents, sample)
+
+    def with_text(self, args: tuple, kwargs: dict[str, Any], text: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with other text embeddings (rows, tokens, channels)."""
+        return self.signature.put(args, kwargs, self.names.text, text)
+
+    def text_tokens(self, args: tuple, kwargs: dict[str, Any], rows: slice) -> int:
+        """How many text tokens the call has; rows: the conditional ones, or those of the call's only branch."""
+        return int(self.signature.get(args, kwargs, self.names.text).shape[1])
+
+    def images_per_prompt(self, args: tuple, kwargs: dict[str, Any]) -> int | None:
+        """How many pictures each prompt makes, from a sampling's first call, where `encode_prompt` is not told."""
+        return None
+
+    def picked(self, args: tuple, kwargs: dict[str, Any], rows: int, kept: slice) -> tuple[tuple, dict[str, Any]]:
+        """The arguments for some rows only, of a batch of `rows`."""
+        return rows_of((args, kwargs), rows, kept)
+
+    def output(self, result: Any) -> torch.Tensor:
+        """The denoiser's output in what its forward returned, (rows, ...)."""
+        return result[0]
 
     def with_extra(self, kwargs: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
         """The keyword arguments with something more for every processor."""
