@@ -98,6 +98,8 @@ class Tiny:
     """make: the pipeline. guided, free: the call's arguments with and without classifier-free guidance.
 
     size: (height, width) in pixels; grid: the latent tokens that it gives. sites: how many layers can be controlled.
+    unguided: there is no unconditional branch. rescaled: the pipeline rescales what guidance makes. plus: by how much
+    the guidance scale is larger than what the pipeline calls so.
     """
 
     make: Callable[[], Any]
@@ -107,3 +109,6 @@ class Tiny:
     grid: tuple[int, int, int]
     sites: int
     more: dict[str, Any] = field(default_factory=dict)
+    unguided: bool = False
+    rescaled: bool = False
+    plus: float = 0.0

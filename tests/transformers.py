@@ -20,6 +20,7 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, Gemma2Config, Gemma2Model
 
 from tests import tiny
+from tests.chat import FLUX2, KLEIN, QWEN, ZIMAGE
 from tests.parts import TOKENS, Tiny, clip, gemma_tokenizer, revived, t5, t5_tokenizer, vae
 
 
@@ -190,7 +191,16 @@ SANA = Tiny(
         "complex_human_instruction": ["the red dog", "and the bird: "],
     },
 )
-FAMILIES = {"flux": FLUX, "sd3": SD3, "pixart": PIXART, "sana": SANA}
+FAMILIES = {
+    "flux": FLUX,
+    "sd3": SD3,
+    "qwen": QWEN,
+    "pixart": PIXART,
+    "sana": SANA,
+    "flux2": FLUX2,
+    "klein": KLEIN,
+    "zimage": ZIMAGE,
+}
 
 
 def draw(pipe: Any, family: Tiny, prompt: Any = tiny.PROMPT, steps: int = 3, free: bool = False, **kwargs: Any) -> Any:
@@ -199,4 +209,5 @@ def draw(pipe: Any, family: Tiny, prompt: Any = tiny.PROMPT, steps: int = 3, fre
     kwargs.setdefault("generator", torch.Generator().manual_seed(7))
     given = {**family.more, **(family.free if free else family.guided), **kwargs}
     height, width = family.size
-    return pipe(prompt, num_inference_steps=steps, height=height, width=width, output_type="latent", **given)[0]
+    size = {"height": height, "width": width}
+    return pipe(prompt=prompt, num_inference_steps=steps, output_type="latent", **size, **given)[0]

@@ -61,7 +61,7 @@ def test_our_layers_compute_what_the_stock_ones_do(family: Tiny, free: bool) -> 
     )
     with ac.control(pipe, *controls):
         close(draw(pipe, family, free=free), expected)
-    assert len(seen) == family.sites * (1 if free else 2)
+    assert len(seen) == family.sites * (1 if free or family.unguided else 2)
 
 
 @every_family
@@ -78,10 +78,10 @@ def test_the_layout_of_every_call(family: Tiny) -> None:
         assert call.queries.latent.stop - call.queries.latent.start == frames * height * width
         if call.site.kind == "joint":
             assert call.queries is call.keys
-            spans = sorted((s.start, s.stop) for s in (call.queries.text, call.queries.latent))
-            assert spans[0][0] == 0
-            assert spans[0][1] == spans[1][0]
-            assert spans[1][1] == call.query.shape[2]
+            first, second = sorted((s.start, s.stop) for s in (call.queries.text, call.queries.latent))
+            assert first[0] == 0
+            assert first[1] <= second[0]  # Z-Image pads the latents
+            assert second[1] <= call.query.shape[2]
 
 
 @every_family
@@ -92,8 +92,10 @@ def test_batches_and_several_pictures_per_prompt(family: Tiny) -> None:
     control = Output(edit=lambda output: output * 1.1, where=ALL)
     with ac.control(pipe, control):
         generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-        more = {} if "negative_prompt" not in family.guided else {"negative_prompt": ["a bird"] * 2}
-        both = draw(pipe, family, prompts, generator=generators, **more)
+        negative = family.guided.get("negative_prompt")
+        more = {} if negative is None else {"negative_prompt": [negative] * 2}
+        # A copy: Z-Image writes into the list that it is given.
+        both = draw(pipe, family, list(prompts), generator=generators, **more)
         for row, prompt in enumerate(prompts):
             alone = draw(pipe, family, prompt, generator=torch.Generator().manual_seed(row + 1))
             close(both[row : row + 1], alone)
@@ -113,7 +115,8 @@ def test_latents_and_noise_are_pictures(family: Tiny) -> None:
         assert tensor.shape[-1] / width == tensor.shape[-2] / height
     assert noise.got[0].std() == pytest.approx(1, abs=0.1)
     assert drawn.shape == expected.shape
-    assert (drawn == 2).all()
+    # FLUX.2 klein undoes its autoencoder's normalisation on the way out.
+    close(drawn, torch.full_like(drawn, 2.0))
 
 
 @every_family
@@ -138,10 +141,10 @@ def test_guide_gets_and_gives_pictures(family: Tiny, free: bool) -> None:
     with ac.control(pipe, guide):
         assert torch.equal(draw(pipe, family, free=free), expected)
     prediction = guide.got[0]
-    assert (prediction.uncond is None) == free
+    assert (prediction.uncond is None) == (free or family.unguided)
     scales = [v for n, v in family.guided.items() if n.endswith("scale")]
-    if not free:
-        assert prediction.scale == pytest.approx(scales[0], rel=1e-3)
+    if prediction.uncond is not None and not family.rescaled:
+        assert prediction.scale == pytest.approx(scales[0] + family.plus, rel=1e-3)
     close(answers[0], prediction.cond)
 
 
