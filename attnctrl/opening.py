@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.utils.rnn import pad_sequence
+
 from attnctrl.errors import ControlError
 from attnctrl.prompt import PromptTokens
 from attnctrl.sampler import Sampler
@@ -51,7 +53,11 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
                 given[name] = None  # the second and third prompts, which follow the first
         plain = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "prompt": list(texts)}
         given |= {name: value for name, value in plain.items() if name in arguments}
-        return family.text(stock(**given))
+        if given.get("image") is None:
+            return family.text(stock(**given))
+        # The pictures of an edit belong to one prompt.
+        each = [family.text(stock(**{**given, "prompt": [one]})).positive[0] for one in texts]
+        return Text(pad_sequence(each, batch_first=True))
 
     sampling = Sampling(
         prompts=prompts,

@@ -93,7 +93,7 @@ class Sampler:
         for branch in self.branches():
             self.predicted[branch.name] = predicted[branch.rows]
             if branch.name == "cond":
-                self.conditional = args, kwargs
+                self.conditional = self.family.picked(args, kwargs, self.rows, branch.rows)
 
     def scheduler_step(self, stock: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The scheduler's step: first the guide point; the same change as the denoiser received; the latents point."""
@@ -254,6 +254,7 @@ class Sampler:
         checkpointed = self.family.checkpointed
         # A caller's inference mode left tensors that autograd must not save.
         args, kwargs = ordinary((args, kwargs))
+        args, kwargs = self.family.picked(args, kwargs, self.rows, self.conditional_rows())
         turn: AbstractContextManager = nullcontext()
         if checkpointed and self.family.names.extras:
             kwargs = self.family.with_extra(kwargs, SOURCE, self)
@@ -277,8 +278,7 @@ class Sampler:
             self.reader = None
 
     def _forward(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor | None, context: Any) -> Any:
-        """The denoiser once more on the conditional rows alone."""
-        args, kwargs = self.family.picked(args, kwargs, self.rows, self.conditional_rows())
+        """The denoiser once more, with arguments for the conditional rows alone."""
         if sample is not None:
             args, kwargs = self.family.with_sample(args, kwargs, sample)
         if context is not None:
