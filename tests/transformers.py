@@ -48,13 +48,13 @@ def flux() -> Any:
     )
 
 
-def sd3(**more: Any) -> Any:
+def sd3(channels: int = 4, conditions: int = 0) -> Any:
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels + conditions,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -69,7 +69,7 @@ def sd3(**more: Any) -> Any:
     return StableDiffusion3Pipeline(
         transformer=revived(model),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(),
+        vae=vae(channels),
         text_encoder=CLIPTextModelWithProjection(config).eval(),
         tokenizer=tiny.tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(config).eval(),
@@ -79,7 +79,7 @@ def sd3(**more: Any) -> Any:
     )
 
 
-def pixart(**more: Any) -> Any:
+def pixart() -> Any:
     torch.manual_seed(0)
     model = PixArtTransformer2DModel(
         sample_size=16,
@@ -101,7 +101,7 @@ def pixart(**more: Any) -> Any:
     )
 
 
-def sana(**more: Any) -> Any:
+def sana() -> Any:
     torch.manual_seed(0)
     model = SanaTransformer2DModel(
         sample_size=32,
