@@ -121,6 +121,10 @@ class PromptTokens:
             )
         return positions
 
+    def reaches(self, phrase: str) -> bool:
+        """Whether every place of `phrase` lies within the encoder's window."""
+        return all(place[-1] - self.offset < self.limit - 1 for place in self.occurrences(phrase))
+
     def listing(self) -> str:
         """The prompt's own tokens, without the special ones, for messages."""
         return ", ".join(
@@ -131,10 +135,10 @@ class PromptTokens:
 def find_everywhere(prompts: list[PromptTokens], phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
     """Positions of `phrase` for models with several text encoders (SDXL, SD3): their union.
 
-    A phrase must stand in the first prompt; a different second prompt (`prompt_2`) may lack it.
+    A phrase must stand in the first prompt; a different second prompt (`prompt_2`) may lack it. An encoder whose
+    window ends before the phrase (CLIP beside T5) is left out, unless all of them end before it.
     """
-    positions = set(prompts[0].find(phrase, occurrence))
-    for other in prompts[1:]:
-        if other.occurrences(phrase):
-            positions.update(other.find(phrase, occurrence))
-    return tuple(sorted(positions))
+    first, *others = prompts
+    holders = [first, *(other for other in others if other.occurrences(phrase))]
+    reached = [one for one in holders if first.occurrences(phrase) and one.reaches(phrase)]
+    return tuple(sorted({i for one in reached or holders for i in one.find(phrase, occurrence)}))
