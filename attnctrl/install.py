@@ -168,7 +168,7 @@ def share(pipe: Any) -> Any:
         raise ControlError("share(pipe) was called inside a control block of that pipe: call it before entering.")
     light = copy.copy(pipe)
     light.scheduler = copy.deepcopy(pipe.scheduler)
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "processor"):
         if getattr(pipe, name, None) is not None:
             setattr(light, name, copy.deepcopy(getattr(pipe, name)))
     return light
