@@ -229,6 +229,7 @@ QWEN = Tiny(
     grid=(1, 4, 6),
     sites=2,
     rescaled=True,
+    masks=True,
 )
 KLEIN = Tiny(
     klein,
@@ -258,4 +259,5 @@ ZIMAGE = Tiny(
     sites=3,
     more={"max_sequence_length": 64},
     plus=1.0,
+    masks=True,
 )

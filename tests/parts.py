@@ -99,7 +99,7 @@ class Tiny:
 
     size: (height, width) in pixels; grid: the latent tokens that it gives. sites: how many layers can be controlled.
     unguided: there is no unconditional branch. rescaled: the pipeline rescales what guidance makes. plus: by how much
-    the guidance scale is larger than what the pipeline calls so.
+    the guidance scale is larger than what the pipeline calls so. masks: padded text is invisible.
     """
 
     make: Callable[[], Any]
@@ -112,3 +112,4 @@ class Tiny:
     unguided: bool = False
     rescaled: bool = False
     plus: float = 0.0
+    masks: bool = False

@@ -177,6 +177,7 @@ PIXART = Tiny(
     grid=(1, 4, 6),
     sites=4,
     more={"max_sequence_length": TOKENS, "use_resolution_binning": False},
+    masks=True,
 )
 SANA = Tiny(
     sana,
@@ -190,6 +191,7 @@ SANA = Tiny(
         "use_resolution_binning": False,
         "complex_human_instruction": ["the red dog", "and the bird: "],
     },
+    masks=True,
 )
 FAMILIES = {
     "flux": FLUX,

@@ -9,7 +9,7 @@ import attnctrl as ac
 from attnctrl.sites import Call
 from tests import tiny
 from tests.probes import Context, Guide, Inputs, Latents, Mask, Noise, Output, Token
-from tests.spies import Stop
+from tests.spies import Stop, assert_restored, snapshot
 from tests.transformers import FAMILIES, Tiny, draw
 
 ALL = ac.Where(kinds=("self", "cross", "joint"))
@@ -30,6 +30,12 @@ def test_without_controls_the_picture_is_the_stock_one(family: Tiny, free: bool)
     assert torch.equal(draw(pipe, family, free=free), expected)
 
 
+def negatives(family: Tiny, prompts: int) -> dict[str, list[str]]:
+    """The family's negative prompt for each of several prompts."""
+    negative = family.guided.get("negative_prompt")
+    return {} if negative is None else {"negative_prompt": [negative] * prompts}
+
+
 def stop(call: Call) -> Call:
     """Break off in the second step."""
     if call.step.index == 1:
@@ -40,12 +46,10 @@ def stop(call: Call) -> Call:
 @every_family
 def test_every_processor_comes_back(family: Tiny) -> None:
     pipe = family.make()
-    before = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
+    before = snapshot(pipe)
     with pytest.raises(Stop), ac.control(pipe, Inputs(edit=stop, where=ALL)):
         draw(pipe, family)
-    after = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
-    assert after.keys() == before.keys()
-    assert all(after[name] is before[name] for name in before)
+    assert_restored(before, pipe)
 
 
 @every_family
@@ -92,8 +96,7 @@ def test_batches_and_several_pictures_per_prompt(family: Tiny) -> None:
     control = Output(edit=lambda output: output * 1.1, where=ALL)
     with ac.control(pipe, control):
         generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-        negative = family.guided.get("negative_prompt")
-        more = {} if negative is None else {"negative_prompt": [negative] * 2}
+        more = negatives(family, 2)
         # A copy: Z-Image writes into the list that it is given.
         both = draw(pipe, family, list(prompts), generator=generators, **more)
         for row, prompt in enumerate(prompts):
@@ -204,3 +207,30 @@ def test_losses_move_the_latents(family: Tiny, free: bool) -> None:
         assert len(run.losses) == 3
     assert not torch.allclose(drawn[0], expected, atol=1e-3)
     close(drawn[1], drawn[0])
+
+
+@every_family
+def test_the_users_attention_backend_stays(family: Tiny) -> None:
+    """Chosen inside a control block, it reaches the stock processors, which still run wherever nothing acts."""
+    pipe = family.make()
+    stock = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
+    choosing = [processor for processor in stock if hasattr(processor, "_attention_backend")]
+    try:
+        with ac.control(pipe):
+            pipe.transformer.set_attention_backend("_native_math")
+            draw(pipe, family)
+        assert all(processor._attention_backend == "_native_math" for processor in choosing)
+    finally:
+        pipe.transformer.set_attention_backend("native")
+
+
+@every_family
+def test_the_models_own_mask_is_kept(family: Tiny) -> None:
+    """Text of padding alone is invisible wherever the stock model hides it."""
+    pipe, masks = family.make(), []
+    both = {"where": ALL, "branches": ("cond", "uncond")}
+    with ac.control(pipe, Inputs(edit=lambda call: (masks.append(call.mask), call)[1], **both)):
+        draw(pipe, family, ["a cat", "a dog and a red bird and the cat"], **negatives(family, 2))
+    assert any(mask is not None for mask in masks) == family.masks
+    for mask in masks:
+        assert mask is None or mask.shape[0] in (1, 2)
