@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
@@ -20,7 +22,8 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, Gemma2Config, Gemma2Model
 
 from tests import tiny
-from tests.chat import FLUX2, KLEIN, QWEN, ZIMAGE
+from tests.chat import QWEN, ZIMAGE
+from tests.flux2 import FLUX2, KLEIN
 from tests.parts import TOKENS, Tiny, clip, gemma_tokenizer, revived, t5, t5_tokenizer, vae
 
 
@@ -198,6 +201,7 @@ FAMILIES = {
     "sd3": SD3,
     "qwen": QWEN,
     "pixart": PIXART,
+    "sigma": replace(PIXART, make=lambda: PixArtSigmaPipeline(**pixart().components)),
     "sana": SANA,
     "flux2": FLUX2,
     "klein": KLEIN,

@@ -21,7 +21,8 @@ from PIL import Image
 
 import attnctrl as ac
 from tests import tiny
-from tests.chat import flux2, qwen, zimage
+from tests.chat import qwen, zimage
+from tests.flux2 import flux2
 from tests.parts import TOKENS
 from tests.probes import Context, Guide, Inputs, Noise, Output
 from tests.transformers import FAMILIES, draw, sd3
