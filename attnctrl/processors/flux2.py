@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2ParallelSelfAttnProcessor,
 )
 
+from attnctrl.errors import ControlError
 from attnctrl.processors.family import Family, Names, uncompiled
 from attnctrl.processors.flux import FluxLayer
 from attnctrl.processors.joint import JointProcessor, blocks_of
@@ -126,6 +127,8 @@ class Flux2Family(Family):
         return 1000 * super().timestep(value)
 
     def latent_grid(self, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        if self.signature.get(args, kwargs, "kv_cache_mode") is not None:
+            raise ControlError("FLUX.2 with cached reference tokens is not supported: use the pipeline without one.")
         return own_grid(self.signature.get(args, kwargs, "img_ids"))
 
     def latents(self, sample: torch.Tensor, grid: Grid) -> torch.Tensor:

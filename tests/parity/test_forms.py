@@ -140,6 +140,16 @@ def test_layers_that_keep_reference_tokens_are_refused() -> None:
         pass
 
 
+def test_cached_reference_tokens_are_refused() -> None:
+    """With a cache the reference tokens come first, and only in the first step."""
+    pipe = flux2()
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "kv_cache_mode": "extract"}), with_kwargs=True
+    )
+    with pytest.raises(ac.ControlError, match="cached reference tokens"), ac.control(pipe, Noise()):
+        draw(pipe, FAMILIES["flux2"])
+
+
 def test_compiled_transformers_are_refused_where_nothing_takes_masks() -> None:
     pipe = sd3()
     pipe.transformer.compile(backend="eager")
