@@ -42,14 +42,14 @@ def ordinary(tree: Any) -> Any:
     return tree
 
 
-def last_rows(tree: Any, rows: int, keep: int) -> Any:
-    """The last `keep` rows of every tensor in a nest of containers whose first axis is the batch of `rows`."""
+def rows_of(tree: Any, rows: int, kept: slice) -> Any:
+    """The rows `kept` of every tensor in a nest of containers whose first axis is the batch of `rows`."""
     if isinstance(tree, torch.Tensor):
-        return tree[-keep:] if tree.ndim > 0 and tree.shape[0] == rows else tree
+        return tree[kept] if tree.ndim > 0 and tree.shape[0] == rows else tree
     if isinstance(tree, dict):
-        return {k: last_rows(v, rows, keep) for k, v in tree.items()}
+        return {k: rows_of(v, rows, kept) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(last_rows(v, rows, keep) for v in tree)
+        return type(tree)(rows_of(v, rows, kept) for v in tree)
     return tree
 
 

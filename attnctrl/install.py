@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from attnctrl.compiled import compiled_in_place, enclose
 from attnctrl.errors import ControlError
@@ -14,8 +17,6 @@ from attnctrl.processors.work import Work
 from attnctrl.sites import Site
 
 if TYPE_CHECKING:
-    import torch
-
     from attnctrl.run import Run
 
 # The runs that the current thread (or task) is inside of, outermost first.
@@ -34,10 +35,28 @@ class Installation:
         self.foreign: dict[str, str] = {}
         self.undo: list[Callable[[], None]] = []
         self.frozen: list[torch.nn.Parameter] = []
+        self.recomputed: Run | None = None
+        self.turn = threading.Lock()
 
     def current(self) -> Run | None:
         """The run of this thread that is in the middle of a sampling on this model."""
-        return latest(run for run in RUNS.get() if run.installation is self)
+        runs = RUNS.get()
+        if not runs and torch.is_grad_enabled():
+            return self.recomputed
+        return latest(run for run in runs if run.installation is self)
+
+    @contextmanager
+    def recomputing(self, run: Run) -> Iterator[None]:
+        """While gradient checkpointing may run layers again in autograd's own threads, which are inside of no run.
+
+        For models that hand no keywords to their processors. Runs take turns, as those threads belong to neither.
+        """
+        with self.turn:
+            self.recomputed = run
+            try:
+                yield
+            finally:
+                self.recomputed = None
 
     def work(self, site: Site) -> Work | None:
         """What the processor of `site` has to do now; None for the stock attention."""
@@ -51,7 +70,7 @@ class Installation:
             if not self.family.reproducible(stock):
                 self.foreign[site.name] = type(stock).__name__
                 continue
-            ours = self.family.processor(stock, site, self)
+            ours = self.family.stand_in(stock, site, self)
             module.set_processor(ours)
             self.placed.append((module, ours, stock))
         outer: torch.nn.Module = self.family.outer
@@ -110,7 +129,8 @@ def acquire(family: Any, *, frozen: bool = False) -> Installation:
     frozen: gradients by the latents will be taken, so the weights need none until the last user has gone.
     """
     with _LOCK:
-        found = next((m.processor.owner for _, m in family.sites() if isinstance(m.processor, family.processor)), None)
+        owners = (getattr(m.processor, "owner", None) for _, m in family.sites())
+        found = next((owner for owner in owners if isinstance(owner, Installation)), None)
         # A model compiled after the first run entered has another outer module, whose hooks would be missing.
         if found is not None and found.family.outer is not family.outer:
             raise ControlError(
@@ -148,7 +168,7 @@ def share(pipe: Any) -> Any:
         raise ControlError("share(pipe) was called inside a control block of that pipe: call it before entering.")
     light = copy.copy(pipe)
     light.scheduler = copy.deepcopy(pipe.scheduler)
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "processor"):
         if getattr(pipe, name, None) is not None:
             setattr(light, name, copy.deepcopy(getattr(pipe, name)))
     return light

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.utils.rnn import pad_sequence
+
 from attnctrl.errors import ControlError
 from attnctrl.prompt import PromptTokens
 from attnctrl.sampler import Sampler
@@ -41,10 +43,21 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         return [list(one) for one in zip(*per_encoder, strict=True)]
 
     def encode(texts: list[str]) -> Text:
-        names = inspect.signature(stock).parameters
-        kept = {n: arguments[n] for n in ("device", "clip_skip", "lora_scale", "max_sequence_length") if n in names}
-        plain = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        return family.text(stock(prompt=texts, **{n: v for n, v in plain.items() if n in names}, **kept))
+        given: dict[str, Any] = {}
+        for name, parameter in inspect.signature(stock).parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            if "prompt" not in name:
+                given[name] = arguments[name]
+            elif parameter.default is parameter.empty:
+                given[name] = None  # the second and third prompts, which follow the first
+        plain = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "prompt": list(texts)}
+        given |= {name: value for name, value in plain.items() if name in arguments}
+        if given.get("image") is None:
+            return family.text(stock(**given))
+        # The pictures of an edit belong to one prompt.
+        each = [family.text(stock(**{**given, "prompt": [one]})).positive[0] for one in texts]
+        return Text(pad_sequence(each, batch_first=True))
 
     sampling = Sampling(
         prompts=prompts,

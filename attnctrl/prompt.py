@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ class Reader:
     argument: the prompt's name in `encode_prompt`; where it is None, "prompt" counts. limit: how many tokens the
     encoder takes, None for the tokenizer's own limit. offset: where its first token stands among the denoiser's
     text tokens. template, drop: what the prompt is put into, and how many of the first tokens are cut off again.
+    clean: what the pipeline does to the prompt before. special: whether special tokens are added. left: whether the
+    pipeline pads to the limit on the left.
     """
 
     tokenizer: Any
@@ -24,6 +27,9 @@ class Reader:
     offset: int = 0
     template: str = "{}"
     drop: int = 0
+    clean: Callable[[str], str] | None = None
+    special: bool = True
+    left: bool = False
 
     def read(self, prompt: str) -> PromptTokens:
         """Tokenize `prompt` as the pipelines do, without truncating. Raises ControlError for slow tokenizers."""
@@ -32,13 +38,24 @@ class Reader:
                 f"{type(self.tokenizer).__name__} gives no character offsets, so phrases cannot be found in the "
                 "prompt: load its fast form (transformers 5 does so by default)."
             )
-        encoded = self.tokenizer(self.template.format(prompt), return_offsets_mapping=True, truncation=False)
+        prompt = prompt if self.clean is None else self.clean(prompt)
+        # Not str.format: a chat template may hold braces of its own.
+        encoded = self.tokenizer(
+            self.template.replace("{}", prompt, 1),
+            return_offsets_mapping=True,
+            truncation=False,
+            add_special_tokens=self.special,
+        )
         ids = encoded["input_ids"][self.drop :]
         tokens = tuple(t.replace("</w>", "") for t in self.tokenizer.convert_ids_to_tokens(ids))
         start = self.template.index("{}")
-        spans = tuple(_within(a - start, b - start, len(prompt)) for a, b in encoded["offset_mapping"][self.drop :])
+        places = [(a - start, b - start) for a, b in encoded["offset_mapping"][self.drop :]]
+        spans = tuple(_within(a, b, len(prompt)) for a, b in places)
+        # Where a template goes on after the prompt, its first token there is what ends the text.
+        end = next((i for i, (a, b) in enumerate(places) if b > a >= len(prompt)), len(ids) - 1)
         limit = int(self.limit or self.tokenizer.model_max_length)
-        return PromptTokens(prompt, tokens, spans, limit, min(len(ids), limit) - 1, self.offset)
+        offset = self.offset + (limit - min(len(ids), limit) if self.left else 0)
+        return PromptTokens(prompt, tokens, spans, limit, min(end, limit - 1), offset)
 
 
 def _within(start: int, end: int, length: int) -> tuple[int, int]:
@@ -104,6 +121,10 @@ class PromptTokens:
             )
         return positions
 
+    def reaches(self, phrase: str) -> bool:
+        """Whether every place of `phrase` lies within the encoder's window."""
+        return all(place[-1] - self.offset < self.limit - 1 for place in self.occurrences(phrase))
+
     def listing(self) -> str:
         """The prompt's own tokens, without the special ones, for messages."""
         return ", ".join(
@@ -114,10 +135,10 @@ class PromptTokens:
 def find_everywhere(prompts: list[PromptTokens], phrase: str, occurrence: int | None = None) -> tuple[int, ...]:
     """Positions of `phrase` for models with several text encoders (SDXL, SD3): their union.
 
-    A phrase must stand in the first prompt; a different second prompt (`prompt_2`) may lack it.
+    A phrase must stand in the first prompt; a different second prompt (`prompt_2`) may lack it. An encoder whose
+    window ends before the phrase (CLIP beside T5) is left out, unless all of them end before it.
     """
-    positions = set(prompts[0].find(phrase, occurrence))
-    for other in prompts[1:]:
-        if other.occurrences(phrase):
-            positions.update(other.find(phrase, occurrence))
-    return tuple(sorted(positions))
+    first, *others = prompts
+    holders = [first, *(other for other in others if other.occurrences(phrase))]
+    reached = [one for one in holders if first.occurrences(phrase) and one.reaches(phrase)]
+    return tuple(sorted({i for one in reached or holders for i in one.find(phrase, occurrence)}))

@@ -73,7 +73,8 @@ class Run:
         descends = any("loss" in c.points() and not c.idle for c in self.controls)
         self.installation = acquire(self.family, frozen=descends)
         self._refuse_foreign()
-        self._shadow(self.pipe, "check_inputs", self._check_inputs)
+        if hasattr(self.pipe, "check_inputs"):
+            self._shadow(self.pipe, "check_inputs", self._check_inputs)
         self._shadow(self.pipe, "encode_prompt", self._encode_prompt)
         self._shadow_step()
 
@@ -132,6 +133,8 @@ class Run:
         self._shadow_step()
         arguments = inspect.signature(stock).bind(*args, **kwargs)
         arguments.apply_defaults()
+        # Z-Image writes its chat into the caller's list of prompts.
+        given = {n: list(v) if isinstance(v, list) else v for n, v in arguments.arguments.items()}
         outputs = stock(*args, **kwargs)
         opened = self.sampling is not None and not self.sampling.steps_seen and not self._called
         self._called = False
@@ -139,7 +142,7 @@ class Run:
             # The negative prompt, in a call of its own.
             self.sampling.guided = True
             return outputs
-        self.sampler, outputs = open_sampling(self, stock, arguments.arguments, outputs)
+        self.sampler, outputs = open_sampling(self, stock, given, outputs)
         self.samplings.append(self.sampler.sampling)
         return outputs
 

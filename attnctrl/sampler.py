@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnctrl.calls import Signature, last_rows, ordinary, previous, with_previous
+from attnctrl.calls import Signature, ordinary, previous, with_previous
 from attnctrl.change import Change
 from attnctrl.compiled import site_masks
 from attnctrl.control import ATTENTION_POINTS
@@ -52,11 +52,20 @@ class Sampler:
         """Pre-hook: starts the sampling, runs the noise and loss points once per step, hands on the new latents."""
         if self.inner or self.idle:
             return None
+        if self.family.compiled and not self.family.compiles:
+            raise ControlError(
+                f"{type(self.family.model).__name__} is compiled, and attnctrl controls it uncompiled only: use the "
+                "pipeline without torch.compile."
+            )
         names, signature = self.family.names, self.family.signature
-        sample = signature.get(args, kwargs, names.latents)
-        self.rows, self.text = sample.shape[0], signature.get(args, kwargs, names.text).shape[1]
+        sample = self.family.sample(args, kwargs)
+        self.rows = sample.shape[0]
         self.calls += 1
-        self.branches()  # raises for batches that we do not understand
+        if not self.started:
+            known = self.sampling.images_per_prompt
+            self.sampling.images_per_prompt = self.family.images_per_prompt(args, kwargs) or known
+        # Raises for batches that we do not understand.
+        self.text = self.family.text_tokens(args, kwargs, self.conditional_rows())
         if self.calls == 1:
             timestep = self.family.timestep(signature.get(args, kwargs, names.timestep))
             self.sampling.step = self.schedule.step(timestep, self.steps_done)
@@ -67,7 +76,7 @@ class Sampler:
             self._descend(args, kwargs, self._moved(sample), self.sampling.step)
         changed = self._moved(sample)
         if changed is not sample:
-            args, kwargs = signature.put(args, kwargs, names.latents, changed)
+            args, kwargs = self.family.with_sample(args, kwargs, changed)
         if self.family.compiled:
             assert self.sampling.step is not None
             masks = site_masks(self, self.sampling.step)
@@ -80,10 +89,11 @@ class Sampler:
         step = self.sampling.step
         if self.inner or step is None or not self._active("guide", step):
             return
+        predicted = self.family.output(output)
         for branch in self.branches():
-            self.predicted[branch.name] = output[0][branch.rows]
+            self.predicted[branch.name] = predicted[branch.rows]
             if branch.name == "cond":
-                self.conditional = args, kwargs
+                self.conditional = self.family.picked(args, kwargs, self.rows, branch.rows)
 
     def scheduler_step(self, stock: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The scheduler's step: first the guide point; the same change as the denoiser received; the latents point."""
@@ -122,7 +132,7 @@ class Sampler:
                 # The masks of the step travel in the keyword arguments that are sent again here.
                 kwargs = self.family.with_extra(kwargs, MASKS, {})
             with self._inside(silent=True):
-                return seen(self._forward(args, kwargs, None, context)[0])
+                return seen(self.family.output(self._forward(args, kwargs, None, context)))
 
         uncond = self.predicted.get("uncond")
         prediction = Prediction(
@@ -149,6 +159,11 @@ class Sampler:
             return (Branch("cond", slice(0, pictures)),)
         return self.family.branches(self.rows, pictures, self.calls - 1)
 
+    def conditional_rows(self) -> slice:
+        """The rows of the conditional branch, or of the only one that the call has."""
+        branches = self.family.branches(self.rows, self.sampling.batch, self.calls - 1)
+        return next((b.rows for b in branches if b.name == "cond"), branches[-1].rows)
+
     def work(self, site: Site) -> Work | None:
         """What the processor of `site` has to do in this call; None for the stock attention."""
         step = self.sampling.step
@@ -162,7 +177,8 @@ class Sampler:
             observe: Any = self.reader if site.name in self.reader.names else None
         else:
             recorder = self.recorder
-            wanted = recorder is not None and site.name in recorder.names and branches[-1].name == "cond"
+            conditional = any(branch.name == "cond" for branch in branches)
+            wanted = recorder is not None and site.name in recorder.names and conditional
             observe = recorder if wanted else None
         if not controlled and observe is None:
             return None
@@ -212,7 +228,7 @@ class Sampler:
             assert step is not None
             # The sampler's latents are noise times init_noise_sigma, the denoiser's input those times its scale.
             factor = self.schedule.input_scale(step) * self.schedule.start_scale
-            rows, grid = self.branches()[-1].rows, self.sampling.latent_grid
+            rows, grid = self.conditional_rows(), self.sampling.latent_grid
             start = self.family.latents(self._moved(sample)[rows], grid).float() / factor
             start = self.family.unpacked(start, grid)
             with self.sampling.report.timed(one.index, one.control.name, "noise", step.index):
@@ -238,8 +254,13 @@ class Sampler:
         checkpointed = self.family.checkpointed
         # A caller's inference mode left tensors that autograd must not save.
         args, kwargs = ordinary((args, kwargs))
-        if checkpointed:
+        args, kwargs = self.family.picked(args, kwargs, self.rows, self.conditional_rows())
+        turn: AbstractContextManager = nullcontext()
+        if checkpointed and self.family.names.extras:
             kwargs = self.family.with_extra(kwargs, SOURCE, self)
+        elif checkpointed:
+            assert self.run.installation is not None
+            turn = self.run.installation.recomputing(self.run)
 
         def forward(leaf: torch.Tensor, reader: Reader) -> None:
             self.reader = reader
@@ -248,23 +269,20 @@ class Sampler:
         def latents(given: torch.Tensor) -> torch.Tensor:
             return self.family.latents(given, self.sampling.latent_grid)
 
-        cond = sample[self.branches()[-1].rows]
+        cond = sample[self.conditional_rows()]
         try:
             # Until the gradients are taken: checkpointing runs layers again in the backward pass.
-            with self._inside():
+            with self._inside(), turn:
                 self.change.add(descend(self.sampling, losses, cond, latents, forward, stop=not checkpointed))
         finally:
             self.reader = None
 
     def _forward(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor | None, context: Any) -> Any:
-        """The denoiser once more on the conditional rows alone."""
-        rows = self.sampling.batch
-        args, kwargs = last_rows((args, kwargs), self.rows, rows)
-        names, signature = self.family.names, self.family.signature
+        """The denoiser once more, with arguments for the conditional rows alone."""
         if sample is not None:
-            args, kwargs = signature.put(args, kwargs, names.latents, sample)
+            args, kwargs = self.family.with_sample(args, kwargs, sample)
         if context is not None:
-            args, kwargs = signature.put(args, kwargs, names.text, context)
+            args, kwargs = self.family.with_text(args, kwargs, context)
         return self.family.outer(*args, **kwargs)
 
     @contextmanager

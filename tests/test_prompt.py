@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import attnctrl as ac
 from attnctrl.prompt import PromptTokens, Reader, find_everywhere
 from tests import tiny
+from tests.parts import t5_tokenizer
 
 # Words that are one token to the tiny tokenizer, and words that it spells.
 KNOWN = ("a", "cat", "dog", "red", "bird", "the", "and")
@@ -162,3 +163,15 @@ def _letters(text: str) -> str:
 def test_a_phrase_that_is_not_a_word_of_the_prompt_is_refused(words: list[str], phrase: str) -> None:
     with pytest.raises(ac.ControlError, match="is not in the prompt"):
         read(" ".join(words)).find(phrase)
+
+
+def test_a_phrase_beyond_one_window_is_found_by_the_wider_encoder() -> None:
+    """SD3 reads a prompt with CLIP and, behind its tokens, with T5, which takes in more of it."""
+    narrow = Reader(tiny.tokenizer(), limit=5).read(tiny.PROMPT)
+    wide = Reader(t5_tokenizer(), limit=12, offset=5).read(tiny.PROMPT)
+    assert find_everywhere([narrow, wide], "cat") == (2, 6)
+    assert find_everywhere([narrow, wide], "dog") == (9,)
+    with pytest.raises(ac.ControlError, match="beyond the text encoder's window"):
+        find_everywhere([narrow, narrow], "dog")
+    with pytest.raises(ac.ControlError, match="is not in the prompt"):
+        find_everywhere([narrow, wide], "bird")

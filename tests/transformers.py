@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import (
+    AutoencoderDC,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextModelWithProjection, Gemma2Config, Gemma2Model
 
 from tests import tiny
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz,.-"
-TOKENS = 12  # of T5, padding included
-
-
-@cache
-def t5_tokenizer() -> T5Tokenizer:
-    """Whole words where the tests name them, letters for the rest."""
-    words = [("▁" + word, -2.0) for word in tiny.WORDS]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -5.0), *words, *((c, -8.0) for c in LETTERS)]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TOKENS)
-
-
-def t5() -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=len(t5_tokenizer()), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
-    )
-    return T5EncoderModel(config).eval()
-
-
-def clip() -> CLIPTextModel:
-    return CLIPTextModel(tiny.text_config()).eval()
-
-
-def vae(channels: int = 4) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(4, 8),
-        latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=2,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-    ).eval()
-
-
-def revived(model: Any) -> Any:
-    """The model with its zero-initialised gates drawn at random, without which no attention reaches the output."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+from tests.chat import QWEN, ZIMAGE
+from tests.flux2 import FLUX2, KLEIN
+from tests.parts import TOKENS, Tiny, clip, gemma_tokenizer, revived, t5, t5_tokenizer, vae
 
 
 def flux() -> Any:
@@ -80,20 +51,107 @@ def flux() -> Any:
     )
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """make: the pipeline. guided, free: the call's arguments with and without classifier-free guidance.
+def sd3(channels: int = 4, conditions: int = 0) -> Any:
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=channels + conditions,
+        out_channels=channels,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    config = tiny.text_config(projection_dim=16)
+    return StableDiffusion3Pipeline(
+        transformer=revived(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(channels),
+        text_encoder=CLIPTextModelWithProjection(config).eval(),
+        tokenizer=tiny.tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        tokenizer_2=tiny.tokenizer(),
+        text_encoder_3=t5(32),
+        tokenizer_3=t5_tokenizer(),
+    )
 
-    size: (height, width) in pixels; grid: the latent tokens that it gives. sites: how many layers can be controlled.
-    """
 
-    make: Callable[[], Any]
-    guided: dict[str, Any]
-    free: dict[str, Any]
-    size: tuple[int, int]
-    grid: tuple[int, int, int]
-    sites: int
-    more: dict[str, Any] = field(default_factory=dict)
+def pixart() -> Any:
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+    )
+    return PixArtAlphaPipeline(
+        transformer=revived(model),
+        scheduler=tiny.SCHEDULERS["ddim"](),
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def sana() -> Any:
+    torch.manual_seed(0)
+    model = SanaTransformer2DModel(
+        sample_size=32,
+        num_layers=2,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        qk_norm="rms_norm_across_heads",
+    )
+    tokenizer = gemma_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+    )
+    blocks = ("ResBlock", "EfficientViTBlock")
+    return SanaPipeline(
+        transformer=revived(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+        ).eval(),
+        text_encoder=Gemma2Model(config).eval(),
+        tokenizer=tokenizer,
+    )
 
 
 FLUX = Tiny(
@@ -105,7 +163,50 @@ FLUX = Tiny(
     sites=2,
     more={"max_sequence_length": TOKENS},
 )
-FAMILIES = {"flux": FLUX}
+SD3 = Tiny(
+    sd3,
+    guided={"guidance_scale": 3.0},
+    free={"guidance_scale": 1.0},
+    size=(16, 24),
+    grid=(1, 4, 6),
+    sites=3,
+    more={"max_sequence_length": TOKENS},
+)
+PIXART = Tiny(
+    pixart,
+    guided={"guidance_scale": 3.0, "negative_prompt": "a bird"},
+    free={"guidance_scale": 1.0},
+    size=(16, 24),
+    grid=(1, 4, 6),
+    sites=4,
+    more={"max_sequence_length": TOKENS, "use_resolution_binning": False},
+    masks=True,
+)
+SANA = Tiny(
+    sana,
+    guided={"guidance_scale": 3.0, "negative_prompt": "a bird"},
+    free={"guidance_scale": 1.0},
+    size=(32, 64),
+    grid=(1, 8, 16),
+    sites=2,
+    more={
+        "max_sequence_length": TOKENS,
+        "use_resolution_binning": False,
+        "complex_human_instruction": ["the red dog", "and the bird: "],
+    },
+    masks=True,
+)
+FAMILIES = {
+    "flux": FLUX,
+    "sd3": SD3,
+    "qwen": QWEN,
+    "pixart": PIXART,
+    "sigma": replace(PIXART, make=lambda: PixArtSigmaPipeline(**pixart().components)),
+    "sana": SANA,
+    "flux2": FLUX2,
+    "klein": KLEIN,
+    "zimage": ZIMAGE,
+}
 
 
 def draw(pipe: Any, family: Tiny, prompt: Any = tiny.PROMPT, steps: int = 3, free: bool = False, **kwargs: Any) -> Any:
@@ -114,4 +215,5 @@ def draw(pipe: Any, family: Tiny, prompt: Any = tiny.PROMPT, steps: int = 3, fre
     kwargs.setdefault("generator", torch.Generator().manual_seed(7))
     given = {**family.more, **(family.free if free else family.guided), **kwargs}
     height, width = family.size
-    return pipe(prompt, num_inference_steps=steps, height=height, width=width, output_type="latent", **given)[0]
+    size = {"height": height, "width": width}
+    return pipe(prompt=prompt, num_inference_steps=steps, output_type="latent", **size, **given)[0]

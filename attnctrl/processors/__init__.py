@@ -7,9 +7,24 @@ from typing import Any
 from attnctrl.errors import ControlError
 from attnctrl.processors.family import Family
 from attnctrl.processors.flux import FluxFamily
+from attnctrl.processors.flux2 import Flux2Family
+from attnctrl.processors.pixart import PixArtFamily
+from attnctrl.processors.qwen import QwenFamily
+from attnctrl.processors.sana import SanaFamily
+from attnctrl.processors.sd3 import SD3Family
 from attnctrl.processors.unet import UNetFamily
+from attnctrl.processors.zimage import ZImageFamily
 
-FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily)
+FAMILIES: tuple[Any, ...] = (
+    UNetFamily,
+    FluxFamily,
+    SD3Family,
+    QwenFamily,
+    PixArtFamily,
+    SanaFamily,
+    Flux2Family,
+    ZImageFamily,
+)
 
 
 def family_of(pipe: Any) -> Family:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnctrl.calls import Signature
+from attnctrl.calls import Signature, rows_of
 from attnctrl.compiled import compiled_in_place
 from attnctrl.processors.work import Branch, call_of, halves_of
 from attnctrl.prompt import Reader
@@ -33,7 +33,8 @@ class Family:
 
     processor: our stand-in. plain: the stock processors whose function it computes. separate: the unconditional
     prediction is a call of its own, after the conditional one, not the first half of the batch. encodes: how often
-    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own.
+    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own. compiles:
+    whether the processor can take its masks inside of torch.compile.
     """
 
     describes: ClassVar[str] = ""
@@ -42,6 +43,7 @@ class Family:
     names: ClassVar[Names] = Names()
     separate: ClassVar[bool] = False
     encodes: ClassVar[int] = 1
+    compiles: ClassVar[bool] = False
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.outer = model
@@ -66,6 +68,10 @@ class Family:
         """Whether our processor computes what this stock one does."""
         return type(stock) in self.plain
 
+    def stand_in(self, stock: Any, site: Site, owner: Any) -> Any:
+        """Our processor for `stock` at `site`; owner: the installation that puts it there."""
+        return self.processor(stock, site, owner)
+
     def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
         """Blocks that are compiled one by one, with what hands each its own masks."""
         return []
@@ -75,6 +81,34 @@ class Family:
     def signature(self) -> Signature:
         """The arguments of the denoiser's forward."""
         return Signature(self.model.forward)
+
+    def sample(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The denoiser's input, (rows, ...)."""
+        return self.signature.get(args, kwargs, self.names.latents)
+
+    def with_sample(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with another input."""
+        return self.signature.put(args, kwargs, self.names.latents, sample)
+
+    def with_text(self, args: tuple, kwargs: dict[str, Any], text: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with other text embeddings (rows, tokens, channels)."""
+        return self.signature.put(args, kwargs, self.names.text, text)
+
+    def text_tokens(self, args: tuple, kwargs: dict[str, Any], rows: slice) -> int:
+        """How many text tokens the call has; rows: the conditional ones, or those of the call's only branch."""
+        return int(self.signature.get(args, kwargs, self.names.text).shape[1])
+
+    def images_per_prompt(self, args: tuple, kwargs: dict[str, Any]) -> int | None:
+        """How many pictures each prompt makes, from a sampling's first call, where `encode_prompt` is not told."""
+        return None
+
+    def picked(self, args: tuple, kwargs: dict[str, Any], rows: int, kept: slice) -> tuple[tuple, dict[str, Any]]:
+        """The arguments for some rows only, of a batch of `rows`."""
+        return rows_of((args, kwargs), rows, kept)
+
+    def output(self, result: Any) -> torch.Tensor:
+        """The denoiser's output in what its forward returned, (rows, ...)."""
+        return result[0]
 
     def with_extra(self, kwargs: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
         """The keyword arguments with something more for every processor."""

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from attnctrl.processors.family import Family, Names, uncompiled
 from attnctrl.processors.joint import JointProcessor, blocks_of
+from attnctrl.processors.packing import blocks_of_pictures, own_grid, pictures_of_blocks
 from attnctrl.processors.work import Work
 from attnctrl.prompt import Reader
 from attnctrl.sites import Grid, Site, TokenLayout
@@ -111,24 +112,17 @@ class FluxFamily(Family):
         return 1000 * super().timestep(value)
 
     def latent_grid(self, args: tuple, kwargs: dict[str, Any]) -> Grid:
-        """From the position ids (tokens, 3) of (reference number, row, column); number 0 is the picture itself."""
-        ids = self.signature.get(args, kwargs, "img_ids")
-        ids = ids[0] if ids.ndim == 3 else ids
-        own = ids[ids[:, 0] == 0].float()
-        height, width = (own.amax(dim=0)[1:] + 1).int().tolist()
-        return 1, height, width
+        return own_grid(self.signature.get(args, kwargs, "img_ids"))
 
     def latents(self, sample: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Reference tokens follow the picture's; the conditions of Fill and Control are further channels."""
         return sample[:, : grid[1] * grid[2], : int(self.model.out_channels)]
 
     def unpacked(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
-        blocks = latents.unflatten(1, grid[1:]).unflatten(-1, (-1, 2, 2))
-        return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return pictures_of_blocks(latents, grid)
 
     def packed(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
-        blocks = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-        return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(1, 2)
+        return blocks_of_pictures(latents)
 
     def prediction(self, output: torch.Tensor, grid: Grid) -> torch.Tensor:
         return output[:, : grid[1] * grid[2]]

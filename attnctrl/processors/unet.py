@@ -19,100 +19,22 @@ from diffusers.models.attention_processor import (
 )
 
 from attnctrl.compiled import compiled_in_place
-from attnctrl.processors.attend import attend, observe_only
-from attnctrl.processors.classic import Layer, masked_layer, prepared_mask, rows_of
+from attnctrl.processors.classic import ClassicProcessor
 from attnctrl.processors.family import Family, Names, uncompiled
-from attnctrl.processors.work import Branch, Work
 from attnctrl.prompt import Reader
-from attnctrl.sites import BLOCK_MASKS, MASKS, Call, Grid, Site, TokenLayout
+from attnctrl.sites import BLOCK_MASKS, MASKS, Grid, Site
 from attnctrl.text import Text
-
-
-class UNetProcessor:
-    """Stands in for a stock processor and calls it whenever no control asks for this site.
-
-    owner: the installation that put it there; it knows which run, if any, the calling thread is in.
-    """
-
-    def __init__(self, stock: Any, site: Site, owner: Any) -> None:
-        self.stock = stock
-        self.site = site
-        self.owner = owner
-
-    # The signature is the stock one plus our keywords: Attention.forward drops what it does not find named here.
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-        *args: Any,
-        attnctrl_masks: dict[str, torch.Tensor] | None = None,
-        attnctrl_block_masks: dict[str, torch.Tensor] | None = None,
-        attnctrl_source: Any = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            mask = None
-            if attnctrl_block_masks is not None:
-                # A block compiled on its own shares its graph with its like: the site's name would be a constant of it.
-                mask = attnctrl_block_masks.get(self.site.kind)
-            elif attnctrl_masks is not None:
-                mask = attnctrl_masks.get(self.site.name)
-            if mask is None:
-                return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-            return masked_layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb, mask)
-        work: Work | None = (attnctrl_source or self.owner).work(self.site)
-        if work is None:
-            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-        if work.observed_only:
-            output = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-            rows = next(b.rows for b in work.branches if b.name == "cond")
-            layer = Layer(
-                attn, rows_of(hidden_states, rows), rows_of(encoder_hidden_states, rows), None, rows_of(temb, rows)
-            )
-            mask = prepared_mask(attn, attention_mask, hidden_states.shape[0], layer.key_count)
-            observe_only(self._call(layer, work, Branch("cond", slice(None)), rows_of(mask, rows)), work)
-            return output
-        layer = Layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        outputs = [
-            attend(self._call(layer, work, branch, rows_of(layer.mask, branch.rows)), work) for branch in work.branches
-        ]
-        return layer.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-
-    def _call(self, layer: Layer, work: Work, branch: Branch, mask: torch.Tensor | None) -> Call:
-        rows = branch.rows
-        queries = TokenLayout.of_latents(self.site.grid(work.latents))
-        if queries.latent.stop != layer.query.shape[2]:
-            raise RuntimeError(
-                f"site {self.site.name} has {layer.query.shape[2]} tokens where latents of grid {work.latents} give "
-                f"{queries.latent.stop}: please report this model."
-            )
-        keys = queries if self.site.kind == "self" else TokenLayout.of_text(layer.key.shape[2])
-        return Call(
-            site=self.site,
-            step=work.step,
-            branch=branch.name,
-            query=layer.query[rows],
-            key=layer.key[rows],
-            value=layer.value[rows],
-            scale=layer.scale,
-            queries=queries,
-            keys=keys,
-            mask=mask,
-            project=layer.keys_values if self.site.kind == "cross" else None,
-        )
 
 
 class UNetFamily(Family):
     """How the run reads a UNet pipeline."""
 
     describes = "Stable Diffusion 1.x, 2.x and XL pipelines (UNet2DConditionModel)"
-    processor = UNetProcessor
+    processor = ClassicProcessor
     # These compute the same function of the layer's weights; others (IP-Adapter's, PAG's) do more than that.
     plain = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
     names = Names(latents="sample", extras="cross_attention_kwargs")
+    compiles = True
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe.unet)
