@@ -2,58 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from tests import tiny
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz,.-"
-TOKENS = 12  # of T5, padding included
-
-
-@cache
-def t5_tokenizer() -> T5Tokenizer:
-    """Whole words where the tests name them, letters for the rest."""
-    words = [("▁" + word, -2.0) for word in tiny.WORDS]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -5.0), *words, *((c, -8.0) for c in LETTERS)]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TOKENS)
-
-
-def t5() -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=len(t5_tokenizer()), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
-    )
-    return T5EncoderModel(config).eval()
-
-
-def clip() -> CLIPTextModel:
-    return CLIPTextModel(tiny.text_config()).eval()
-
-
-def vae(channels: int = 4) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(4, 8),
-        latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=2,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-    ).eval()
-
-
-def revived(model: Any) -> Any:
-    """The model with its zero-initialised gates drawn at random, without which no attention reaches the output."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+from tests.parts import TOKENS, Tiny, clip, revived, t5, t5_tokenizer, vae
 
 
 def flux() -> Any:
@@ -78,22 +33,6 @@ def flux() -> Any:
         text_encoder_2=t5(),
         tokenizer_2=t5_tokenizer(),
     )
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """make: the pipeline. guided, free: the call's arguments with and without classifier-free guidance.
-
-    size: (height, width) in pixels; grid: the latent tokens that it gives. sites: how many layers can be controlled.
-    """
-
-    make: Callable[[], Any]
-    guided: dict[str, Any]
-    free: dict[str, Any]
-    size: tuple[int, int]
-    grid: tuple[int, int, int]
-    sites: int
-    more: dict[str, Any] = field(default_factory=dict)
 
 
 FLUX = Tiny(

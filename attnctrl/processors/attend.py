@@ -33,7 +33,7 @@ def attend(call: Call, work: Work) -> torch.Tensor:
     if edited or (observe is not None and call.site.kind != "self"):
         probs = _probabilities(call, mask, active, work)
     if observe is not None:
-        observe(call, probs, mask)
+        observe(call, _map(call, probs), mask)
 
     result = None
     for one, timed in _having("attend", active, call, work):
@@ -56,7 +56,12 @@ def observe_only(call: Call, work: Work) -> None:
     """Hand the call's probabilities to the observer, computing no output."""
     assert work.observe is not None
     probs = None if call.site.kind == "self" else _probabilities(call, call.mask, (), work)
-    work.observe(call, probs, call.mask)
+    work.observe(call, _map(call, probs), call.mask)
+
+
+def _map(call: Call, probs: torch.Tensor | None) -> torch.Tensor | None:
+    """What latent tokens see of text tokens: (batch, heads, latent tokens, text tokens)."""
+    return None if probs is None else probs[:, :, call.queries.latent, call.keys.text]
 
 
 def _having(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 
 import attnctrl as ac
-from tests.probes import Guide, Inputs, Latents, Mask, Noise, Output
+from attnctrl import descend
+from attnctrl.kernels import probabilities
+from attnctrl.sites import Call
+from tests.probes import Guide, Inputs, Latents, Mask, Noise, Output, Token
 from tests.spies import Stop, stop_at
 from tests.transformers import FAMILIES, Tiny, draw
 
@@ -152,3 +158,63 @@ def test_phrases_are_found_where_they_stand(family: Tiny) -> None:
         )
     with pytest.raises(ac.ControlError, match='"bird" is not in the prompt'):
         run.sampling.find("bird")
+
+
+@every_family
+def test_maps_are_of_the_picture_and_of_the_phrase(family: Tiny) -> None:
+    """In joint attention too a recorded map is what the latent tokens see of a phrase's text tokens."""
+    pipe, seen = family.make(), {}
+    frames, height, width = family.grid
+
+    def keep(call: Call) -> Call:
+        probs = probabilities(call.query, call.key, call.mask, call.scale)
+        seen[call.site.name] = probs[:, :, call.queries.latent, call.keys.text].mean(dim=1)
+        return call
+
+    watching = Inputs(edit=keep, where=ac.Where())
+    expected = draw(pipe, family, steps=1)
+    with ac.control(pipe, record=["dog"]) as run:
+        assert torch.equal(draw(pipe, family, steps=1), expected)
+    assert run.maps["dog"].shape == ((1, frames, height, width) if frames > 1 else (1, height, width))
+    with ac.control(pipe, watching, record=["dog"]) as run:
+        draw(pipe, family, steps=1)
+    positions = list(run.sampling.find("dog"))
+    mean = torch.stack([seen[name][0][:, positions].mean(dim=1) for name in sorted(seen)]).mean(dim=0)
+    close(run.maps["dog"].flatten(), mean)
+
+
+@every_family
+def test_a_loss_moves_the_latents_to_less_of_it(family: Tiny) -> None:
+    pipe = family.make()
+    expected = draw(pipe, family, steps=2)
+    with ac.control(pipe, Token(sign=-1.0, scale=20.0, iterations=3)) as run:
+        drawn = draw(pipe, family, steps=2)
+    assert not torch.allclose(drawn, expected, atol=1e-4)
+    values = [loss.values[0] for loss in run.losses if loss.step == 0]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < values[0]
+
+
+@every_family
+def test_checkpointing_in_autograds_own_thread(family: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the backward pass, and with it the recomputation, runs in a thread that knows no context variable."""
+    pipe = family.make()
+    controls = Token(scale=20.0), Output(edit=lambda output: output * 1.1, where=ALL)
+    with ac.control(pipe, *controls):
+        expected = draw(pipe, family, steps=2)
+    for model in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+        if model is not None:
+            model.enable_gradient_checkpointing()
+    stock, threads = descend._gradient, []
+
+    def elsewhere(*args: Any) -> torch.Tensor:
+        results: list[torch.Tensor] = []
+        threads.append(threading.Thread(target=lambda: results.append(stock(*args))))
+        threads[-1].start()
+        threads[-1].join()
+        return results[0]
+
+    monkeypatch.setattr(descend, "_gradient", elsewhere)
+    with ac.control(pipe, *controls):
+        close(draw(pipe, family, steps=2), expected)
+    assert threads
