@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attnctrl.compiled import compiled_in_place, enclose
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # The runs that the current thread (or task) is inside of, outermost first.
 RUNS: ContextVar[tuple[Run, ...]] = ContextVar("attnctrl_runs", default=())
 _LOCK = threading.Lock()
+CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class Installation:
@@ -70,6 +72,18 @@ class Installation:
             parameter.requires_grad_(False)
         self.frozen += loose
 
+    def carry_context(self) -> None:
+        """Have gradient checkpointing recompute layers under the context variables of their forward pass.
+
+        On a GPU they are recomputed in autograd's own threads, where `RUNS` is empty.
+        """
+        with _LOCK:
+            for module in self.family.model.modules():
+                stock = getattr(module, CHECKPOINT, None)
+                if stock is not None and not hasattr(stock, "attnctrl_stock"):
+                    setattr(module, CHECKPOINT, _carrying(stock))
+                    self.undo.append(partial(_uncarry, module))
+
     def remove(self) -> None:
         for parameter in self.frozen:
             parameter.requires_grad_(True)
@@ -96,6 +110,20 @@ class Installation:
         output = call(*args, **kwargs)
         self._after(None, args, kwargs, output)
         return output
+
+
+def _carrying(checkpoint: Callable) -> Callable:
+    def carrying(layer: Callable, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(partial(copy_context().run, layer), *args, **kwargs)
+
+    carrying.attnctrl_stock = checkpoint  # type: ignore[attr-defined]
+    return carrying
+
+
+def _uncarry(module: Any) -> None:
+    # Checkpointing may have been switched on again inside the block, with a function of its own.
+    ours = getattr(module, CHECKPOINT)
+    setattr(module, CHECKPOINT, getattr(ours, "attnctrl_stock", ours))
 
 
 def latest(runs: Iterable[Run]) -> Run | None:

@@ -19,7 +19,7 @@ from attnctrl.processors.work import Branch, Work
 from attnctrl.recording import Recorder, wants_record
 from attnctrl.sampling import Active, Sampling
 from attnctrl.schedule import Schedule
-from attnctrl.sites import MASKS, SOURCE, Grid, Site, Step
+from attnctrl.sites import MASKS, Grid, Site, Step
 
 if TYPE_CHECKING:
     from attnctrl.run import Run
@@ -239,7 +239,8 @@ class Sampler:
         # A caller's inference mode left tensors that autograd must not save.
         args, kwargs = ordinary((args, kwargs))
         if checkpointed:
-            kwargs = self.family.with_extra(kwargs, SOURCE, self)
+            assert self.run.installation is not None
+            self.run.installation.carry_context()
 
         def forward(leaf: torch.Tensor, reader: Reader) -> None:
             self.reader = reader

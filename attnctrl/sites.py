@@ -15,7 +15,7 @@ Grid = tuple[int, int, int]
 """Latent tokens as (frames, height, width); pictures have one frame."""
 
 # The keywords under which the run hands things to processors, where a model passes keywords on.
-MASKS, BLOCK_MASKS, SOURCE = "attnctrl_masks", "attnctrl_block_masks", "attnctrl_source"
+MASKS, BLOCK_MASKS = "attnctrl_masks", "attnctrl_block_masks"
 
 
 @dataclass(frozen=True)

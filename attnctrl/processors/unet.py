@@ -50,7 +50,6 @@ class UNetProcessor:
         *args: Any,
         attnctrl_masks: dict[str, torch.Tensor] | None = None,
         attnctrl_block_masks: dict[str, torch.Tensor] | None = None,
-        attnctrl_source: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -63,7 +62,7 @@ class UNetProcessor:
             if mask is None:
                 return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
             return masked_layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb, mask)
-        work: Work | None = (attnctrl_source or self.owner).work(self.site)
+        work: Work | None = self.owner.work(self.site)
         if work is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         if work.observed_only:
