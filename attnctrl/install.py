@@ -26,7 +26,7 @@ CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class Installation:
-    """Our processors and hooks on one model, there as long as any run, of any thread, uses the model."""
+    """Our processors and hooks on the denoisers of one pipeline, there as long as any run, of any thread, uses them."""
 
     def __init__(self, family: Any) -> None:
         self.family = family
@@ -56,18 +56,18 @@ class Installation:
             ours = self.family.processor(stock, site, self)
             module.set_processor(ours)
             self.placed.append((module, ours, stock))
-        outer: torch.nn.Module = self.family.outer
-        if compiled_in_place(outer):
-            self.undo.append(enclose(outer, self._around))
-        else:
-            self.undo.append(outer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            self.undo.append(outer.register_forward_hook(self._after, with_kwargs=True).remove)
+        for denoiser in self.family.denoisers:
+            if compiled_in_place(denoiser):
+                self.undo.append(enclose(denoiser, partial(self._around, denoiser)))
+            else:
+                self.undo.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                self.undo.append(denoiser.register_forward_hook(self._after, with_kwargs=True).remove)
         for block, around in self.family.compiled_blocks():
             self.undo.append(enclose(block, around))
 
     def freeze(self) -> None:
         """Stop tracking gradients by the weights, whose saved activations would cost a loss most of its memory."""
-        loose = [p for p in self.family.model.parameters() if p.requires_grad]
+        loose = [p for model in self.family.models for p in model.parameters() if p.requires_grad]
         for parameter in loose:
             parameter.requires_grad_(False)
         self.frozen += loose
@@ -78,7 +78,7 @@ class Installation:
         On a GPU they are recomputed in autograd's own threads, where `RUNS` is empty.
         """
         with _LOCK:
-            for module in self.family.model.modules():
+            for module in (m for model in self.family.models for m in model.modules()):
                 stock = getattr(module, CHECKPOINT, None)
                 if stock is not None and not hasattr(stock, "attnctrl_stock"):
                     setattr(module, CHECKPOINT, _carrying(stock))
@@ -94,21 +94,21 @@ class Installation:
         for undo in self.undo:
             undo()
 
-    def _before(self, module: Any, args: tuple, *rest: Any) -> tuple[tuple, dict] | None:
+    def _before(self, denoiser: Any, args: tuple, *rest: Any) -> tuple[tuple, dict] | None:
         run = self.current()
-        return None if run is None else run.before_denoiser(args, *rest)
+        return None if run is None else run.before_denoiser(denoiser, args, *rest)
 
-    def _after(self, module: Any, args: tuple, *rest: Any) -> None:
+    def _after(self, denoiser: Any, args: tuple, *rest: Any) -> None:
         run = self.current()
         # Outside a run, without kwargs too: torch forgets that we asked for them when another thread removes us.
         if run is not None:
             kwargs, output = rest
             run.after_denoiser(args, kwargs, output)
 
-    def _around(self, call: Callable, args: tuple, kwargs: dict) -> Any:
-        args, kwargs = self._before(None, args, kwargs) or (args, kwargs)
+    def _around(self, denoiser: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = self._before(denoiser, args, kwargs) or (args, kwargs)
         output = call(*args, **kwargs)
-        self._after(None, args, kwargs, output)
+        self._after(denoiser, args, kwargs, output)
         return output
 
 
@@ -140,7 +140,7 @@ def acquire(family: Any, *, frozen: bool = False) -> Installation:
     with _LOCK:
         found = next((m.processor.owner for _, m in family.sites() if isinstance(m.processor, family.processor)), None)
         # A model compiled after the first run entered has another outer module, whose hooks would be missing.
-        if found is not None and found.family.outer is not family.outer:
+        if found is not None and found.family.denoisers != family.denoisers:
             raise ControlError(
                 "the denoiser was exchanged or compiled inside a control block: do so before entering it."
             )

@@ -30,6 +30,7 @@ class Sampler:
 
     def __init__(self, run: Run, sampling: Sampling) -> None:
         self.run, self.sampling, self.family = run, sampling, run.family
+        self.denoiser = run.family.denoisers[0]
         self.scheduler = run.pipe.scheduler
         self.schedule = Schedule(self.scheduler)
         self.step_signature = Signature(type(self.scheduler).step)
@@ -48,10 +49,13 @@ class Sampler:
         self.idle = all(c.idle for c in run.controls) and not wants_record(run.controls, run.record)
 
     # the denoiser's call -------------------------------------------------------------------------------------
-    def before_denoiser(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def before_denoiser(
+        self, denoiser: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook: starts the sampling, runs the noise and loss points once per step, hands on the new latents."""
         if self.inner or self.idle:
             return None
+        self.denoiser = denoiser
         names, signature = self.family.names, self.family.signature
         sample = signature.get(args, kwargs, names.latents)
         self.rows, self.text = sample.shape[0], signature.get(args, kwargs, names.text).shape[1]
@@ -229,7 +233,8 @@ class Sampler:
             descent = one.control.descent(step)
             if descent is not None and descent.scale != 0 and descent.iterations > 0:
                 sites = one.control.where.select(self.sampling.sites, self.sampling.latent_grid)
-                losses.append((one, descent, {s.name for s in sites}))
+                expert = self.family.denoisers.index(self.denoiser)
+                losses.append((one, descent, {s.name for s in sites if s.expert == expert}))
         if not losses:
             return
         if self.family.compiled:
@@ -266,7 +271,7 @@ class Sampler:
             args, kwargs = signature.put(args, kwargs, names.latents, sample)
         if context is not None:
             args, kwargs = signature.put(args, kwargs, names.text, context)
-        return self.family.outer(*args, **kwargs)
+        return self.denoiser(*args, **kwargs)
 
     @contextmanager
     def _inside(self, silent: bool = False) -> Iterator[None]:

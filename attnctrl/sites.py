@@ -23,7 +23,8 @@ class Site:
     """One attention layer of a model.
 
     name: module path. kind: "self", "cross" or "joint". block: "down", "mid", "up" or "" (transformers).
-    order: position in the forward pass. depth: how often the latent grid was halved before this layer.
+    order: position in the forward pass. depth: how often the latent grid was halved before this layer. expert: number
+    of the denoiser, in pipelines that have several for different steps.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Site:
     block: str
     order: int
     depth: int = 0
+    expert: int = 0
 
     def grid(self, latents: Grid) -> Grid:
         """The token grid of this site for latents of grid `latents`; halving rounds up, as strided convolutions do."""

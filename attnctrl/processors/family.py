@@ -43,20 +43,23 @@ class Family:
     separate: ClassVar[bool] = False
     encodes: ClassVar[int] = 1
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.outer = model
-        self.model: Any = uncompiled(model)
+    def __init__(self, *denoisers: torch.nn.Module) -> None:
+        """denoisers: the pipeline's, of one architecture; with several, each takes some of the steps."""
+        self.denoisers = denoisers
+        self.models: tuple[Any, ...] = tuple(map(uncompiled, denoisers))
+        self.model: Any = self.models[0]
 
     # the model --------------------------------------------------------------------------------------------------
     @cached_property
     def compiled(self) -> bool:
-        """Whether any part of the denoiser runs under torch.compile."""
-        return self.outer is not self.model or any(map(compiled_in_place, self.model.modules()))
+        """Whether any part of a denoiser runs under torch.compile."""
+        parts = (part for model in self.models for part in model.modules())
+        return self.denoisers != self.models or any(map(compiled_in_place, parts))
 
     @property
     def checkpointed(self) -> bool:
         """Whether gradient checkpointing recomputes parts of the forward pass."""
-        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+        return any(getattr(model, "is_gradient_checkpointing", False) for model in self.models)
 
     def sites(self) -> list[tuple[Site, Any]]:
         """Every attention layer that can be controlled with its module, in the order of the forward pass."""
