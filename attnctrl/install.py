@@ -54,7 +54,7 @@ class Installation:
                 self.foreign[site.name] = type(stock).__name__
                 continue
             ours = self.family.processor(stock, site, self)
-            module.set_processor(ours)
+            _put(module, ours)
             self.placed.append((module, ours, stock))
         for denoiser in self.family.denoisers:
             if compiled_in_place(denoiser):
@@ -90,7 +90,7 @@ class Installation:
         for module, ours, stock in self.placed:
             # Someone who exchanged the processor inside the block wants theirs to stay.
             if module.processor is ours:
-                module.set_processor(stock)
+                _put(module, stock)
         for undo in self.undo:
             undo()
 
@@ -110,6 +110,14 @@ class Installation:
         output = call(*args, **kwargs)
         self._after(denoiser, args, kwargs, output)
         return output
+
+
+def _put(module: Any, processor: Any) -> None:
+    # Mochi's attention has no `set_processor`.
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def _carrying(checkpoint: Callable) -> Callable:

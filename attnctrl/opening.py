@@ -23,7 +23,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
     """
     pipe, family = run.pipe, run.family
     text = family.text(outputs)
-    images = int(arguments.get("num_images_per_prompt") or 1)
+    images = int(arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1)
     first = arguments.get("prompt") if arguments.get("prompt") is not None else run.prompt
     prompts = None if first is None else [first] if isinstance(first, str) else list(first)
     count = text.positive.shape[0] // images
@@ -43,7 +43,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
     def encode(texts: list[str]) -> Text:
         names = inspect.signature(stock).parameters
         kept = {n: arguments[n] for n in ("device", "clip_skip", "lora_scale", "max_sequence_length") if n in names}
-        plain = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        plain = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "do_classifier_free_guidance": False}
         return family.text(stock(prompt=texts, **{n: v for n, v in plain.items() if n in names}, **kept))
 
     sampling = Sampling(

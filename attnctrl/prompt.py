@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ class Reader:
     argument: the prompt's name in `encode_prompt`; where it is None, "prompt" counts. limit: how many tokens the
     encoder takes, None for the tokenizer's own limit. offset: where its first token stands among the denoiser's
     text tokens. template, drop: what the prompt is put into, and how many of the first tokens are cut off again.
+    clean: what the pipeline does to the prompt before.
     """
 
     tokenizer: Any
@@ -24,6 +26,7 @@ class Reader:
     offset: int = 0
     template: str = "{}"
     drop: int = 0
+    clean: Callable[[str], str] | None = None
 
     def read(self, prompt: str) -> PromptTokens:
         """Tokenize `prompt` as the pipelines do, without truncating. Raises ControlError for slow tokenizers."""
@@ -32,6 +35,7 @@ class Reader:
                 f"{type(self.tokenizer).__name__} gives no character offsets, so phrases cannot be found in the "
                 "prompt: load its fast form (transformers 5 does so by default)."
             )
+        prompt = prompt if self.clean is None else self.clean(prompt)
         encoded = self.tokenizer(self.template.format(prompt), return_offsets_mapping=True, truncation=False)
         ids = encoded["input_ids"][self.drop :]
         tokens = tuple(t.replace("</w>", "") for t in self.tokenizer.convert_ids_to_tokens(ids))

@@ -96,7 +96,8 @@ class Sampler:
             combined = signature.get(args, kwargs, "model_output")
             args, kwargs = signature.put(args, kwargs, "model_output", self._guided(combined, step))
         if self.change.delta is not None:
-            moved = self.change.of_latents(signature.get(args, kwargs, "sample"), self.schedule.input_scale(step))
+            sample, scale = signature.get(args, kwargs, "sample"), self.schedule.input_scale(step)
+            moved = self.change.of_latents(sample, scale, lambda given: self.family.drawn(given, grid))
             args, kwargs = signature.put(args, kwargs, "sample", moved)
         result = stock(*args, **kwargs)
         self.steps_done += 1

@@ -11,6 +11,7 @@ import torch
 
 from attnctrl.calls import Signature
 from attnctrl.compiled import compiled_in_place
+from attnctrl.errors import ControlError
 from attnctrl.processors.work import Branch, call_of, halves_of
 from attnctrl.prompt import Reader
 from attnctrl.sites import Call, Grid, Site, Step, TokenLayout
@@ -99,6 +100,13 @@ class Family:
         """The part of the denoiser's input that is the sampler's latents: a view of `sample`."""
         return sample
 
+    def drawn(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The same part of what the scheduler's step is given: a view of `latents`.
+
+        Smaller than it where the pipeline puts given frames in place of the first latents before each call.
+        """
+        return latents
+
     def unpacked(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The sampler's latents as (batch, channels, height, width), with a frames axis before height for video."""
         return latents
@@ -132,6 +140,14 @@ class Family:
         keys = queries if site.kind == "self" else TokenLayout.of_text(text_tokens)
         empty = like.new_empty(batch, 1, 0, 1)
         return Call(site, step, "cond", empty, empty, empty, 1.0, queries, keys)
+
+
+def keep_length(text: Text, like: torch.Tensor, why: str) -> None:
+    """Raise ControlError when the text has another number of tokens than `like`, (batch, tokens, channels)."""
+    if text.positive.shape[1] != like.shape[1]:
+        raise ControlError(
+            f"a control made {text.positive.shape[1]} text tokens of {like.shape[1]}, but {why}: the number must stay."
+        )
 
 
 def uncompiled(model: Any) -> Any:
