@@ -53,4 +53,4 @@ def draw(pipe: Any, family: Tiny, prompt: Any = tiny.PROMPT, steps: int = 3, fre
     kwargs.setdefault("generator", torch.Generator().manual_seed(7))
     given = {**family.more, **(family.free if free else family.guided), **kwargs}
     height, width = family.size
-    return pipe(prompt, num_inference_steps=steps, height=height, width=width, output_type="latent", **given)[0]
+    return pipe(prompt=prompt, num_inference_steps=steps, height=height, width=width, output_type="latent", **given)[0]

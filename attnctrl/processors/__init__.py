@@ -8,8 +8,9 @@ from attnctrl.errors import ControlError
 from attnctrl.processors.family import Family
 from attnctrl.processors.flux import FluxFamily
 from attnctrl.processors.unet import UNetFamily
+from attnctrl.processors.wan import WanFamily
 
-FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily)
+FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily, WanFamily)
 
 
 def family_of(pipe: Any) -> Family:

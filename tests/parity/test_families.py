@@ -12,12 +12,29 @@ import attnctrl as ac
 from attnctrl import descend
 from attnctrl.kernels import probabilities
 from attnctrl.sites import Call
+from tests.parts import Tiny
 from tests.probes import Guide, Inputs, Latents, Mask, Noise, Output, Token
 from tests.spies import Stop, stop_at
-from tests.transformers import FAMILIES, Tiny, draw
+from tests.transformers import FAMILIES, draw
+from tests.videos import VIDEOS
 
 ALL = ac.Where(kinds=("self", "cross", "joint"))
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+EVERY = {**FAMILIES, **VIDEOS}
+every_family = pytest.mark.parametrize("family", EVERY.values(), ids=EVERY)
+
+
+def denoisers(pipe: Any) -> list[Any]:
+    found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return [denoiser for denoiser in found if denoiser is not None]
+
+
+def processors(pipe: Any) -> dict[tuple[int, str], Any]:
+    return {
+        (number, name): module.processor
+        for number, denoiser in enumerate(denoisers(pipe))
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "processor")
+    }
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -37,10 +54,10 @@ def test_without_controls_the_picture_is_the_stock_one(family: Tiny, free: bool)
 @every_family
 def test_every_processor_comes_back(family: Tiny) -> None:
     pipe = family.make()
-    before = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
+    before = processors(pipe)
     with pytest.raises(Stop), ac.control(pipe, Inputs(where=ALL)):
         draw(pipe, family, callback_on_step_end=stop_at(1))
-    after = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
+    after = processors(pipe)
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
 
@@ -67,7 +84,7 @@ def test_the_layout_of_every_call(family: Tiny) -> None:
     pipe, calls = family.make(), []
     with ac.control(pipe, Inputs(edit=lambda call: (calls.append(call), call)[1], where=ALL)):
         draw(pipe, family, steps=1)
-    assert len(calls) == family.sites
+    assert len(calls) * family.experts == family.sites
     frames, height, width = family.grid
     for call in calls:
         assert call.branch == "cond"
@@ -110,7 +127,7 @@ def test_latents_and_noise_are_pictures(family: Tiny) -> None:
         assert tensor.shape[-1] / width == tensor.shape[-2] / height
     assert noise.got[0].std() == pytest.approx(1, abs=0.1)
     assert drawn.shape == expected.shape
-    assert (drawn == 2).all()
+    assert ((drawn[:, :, 1:] if family.given_frame else drawn) == 2).all()
 
 
 @every_family
@@ -124,6 +141,28 @@ def test_noise_is_where_the_pipeline_begins(family: Tiny) -> None:
     with ac.control(pipe, got):
         flipped = draw(pipe, family)
     assert not torch.allclose(flipped, stock, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name, family in EVERY.items() if family.condition])
+def test_what_the_pipeline_is_given_stays_as_it_is(name: str) -> None:
+    """Noise and losses move the latents; the channels or frames of a given picture are none."""
+    family = EVERY[name]
+    pipe, inputs = family.make(), []
+
+    def keep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            inputs.append(kwargs["hidden_states"])
+
+    controls = Noise(edit=lambda noise: -noise), Token(scale=20.0)
+    for used in ((), controls):
+        with ac.control(pipe, *used):
+            handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+            draw(pipe, family, steps=1, free=True)
+            handle.remove()
+    stock, moved = inputs
+    assert torch.equal(family.condition(moved), family.condition(stock))
+    changed = (moved != stock).sum()
+    assert changed > 0.9 * (stock.numel() - family.condition(stock).numel())
 
 
 @every_family
@@ -178,6 +217,7 @@ def test_maps_are_of_the_picture_and_of_the_phrase(family: Tiny) -> None:
     assert run.maps["dog"].shape == ((1, frames, height, width) if frames > 1 else (1, height, width))
     with ac.control(pipe, watching, record=["dog"]) as run:
         draw(pipe, family, steps=1)
+    assert len(seen) * family.experts == len([s for s in run.sampling.sites if s.kind != "self"])
     positions = list(run.sampling.find("dog"))
     mean = torch.stack([seen[name][0][:, positions].mean(dim=1) for name in sorted(seen)]).mean(dim=0)
     close(run.maps["dog"].flatten(), mean)
@@ -202,9 +242,8 @@ def test_checkpointing_in_autograds_own_thread(family: Tiny, monkeypatch: pytest
     controls = Token(scale=20.0), Output(edit=lambda output: output * 1.1, where=ALL)
     with ac.control(pipe, *controls):
         expected = draw(pipe, family, steps=2)
-    for model in (pipe.transformer, getattr(pipe, "transformer_2", None)):
-        if model is not None:
-            model.enable_gradient_checkpointing()
+    for denoiser in denoisers(pipe):
+        denoiser.enable_gradient_checkpointing()
     stock, threads = descend._gradient, []
 
     def elsewhere(*args: Any) -> torch.Tensor:
