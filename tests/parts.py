@@ -61,8 +61,8 @@ class Tiny:
     """make: the pipeline. guided, free: the call's arguments with and without classifier-free guidance.
 
     size: (height, width) in pixels; grid: the latent tokens that it gives. sites: how many layers can be controlled,
-    of all experts together. more: further arguments of every call. given_frame: whether the first frame is that of a
-    given picture. condition: the part of the denoiser's input that is no latents.
+    of all experts together. more: further arguments of every call; of_two: of a call with two prompts. given_frame:
+    whether the first frame is that of a given picture. condition: the part of the denoiser's input that is no latents.
     """
 
     make: Callable[[], Any]
@@ -72,6 +72,7 @@ class Tiny:
     grid: tuple[int, int, int]
     sites: int
     more: dict[str, Any] = field(default_factory=dict)
+    of_two: dict[str, Any] = field(default_factory=dict)
     experts: int = 1
     given_frame: bool = False
     condition: Callable[[torch.Tensor], torch.Tensor] | None = None

@@ -2,131 +2,195 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from functools import cache
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
-from diffusers import WanTransformer3DModel as WanModel
-from diffusers.pipelines.wan import pipeline_wan_i2v
-from diffusers.utils import is_ftfy_available
-from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    UMT5Config,
-    UMT5EncoderModel,
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
 )
+from PIL import Image
+from transformers import CLIPTextModel, LlamaConfig, LlamaModel, LlamaTokenizer
 
-from tests.parts import TOKENS, Tiny, revived, t5_tokenizer
+from tests import tiny
+from tests.parts import LETTERS, TOKENS, Tiny, revived, t5, t5_tokenizer
+from tests.wan import WAN
 
-FRAMES = 9
-# Without ftfy, which diffusers takes for optional, its image-to-video pipeline fails at this name.
-if not is_ftfy_available():
-    pipeline_wan_i2v.ftfy = SimpleNamespace(fix_text=lambda text: text)
-PICTURE = Image.radial_gradient("L").convert("RGB").resize((32, 16))
-
-
-def umt5() -> UMT5EncoderModel:
-    words = len(t5_tokenizer())
-    config = UMT5Config(vocab_size=words, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
-    return UMT5EncoderModel(config).eval()
+PICTURE = Image.radial_gradient("L").convert("RGB").resize((96, 64))
+TEMPLATE = "a red bird: {}<|eot_id|>"
 
 
-def wan_model(channels: int = 4, **more: Any) -> WanModel:
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": channels,
-        "out_channels": 4,
-        "text_dim": 16,
-        "freq_dim": 16,
-        "ffn_dim": 16,
-        "num_layers": 1,
-        "rope_max_seq_len": 16,
-    }
-    return revived(WanModel(**config, **more))
-
-
-def wan_parts() -> dict[str, Any]:
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-        scale_factor_spatial=2,
-        scale_factor_temporal=2,
+def cogvideox(scheduler: Any = CogVideoXDDIMScheduler, image: bool = False, **more: Any) -> Any:
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=8 if image else 4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=TOKENS,
+        **more,
     )
-    return {
-        "tokenizer": t5_tokenizer(),
-        "text_encoder": umt5(),
-        "vae": vae.eval(),
-        "scheduler": UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
-        ),
-    }
-
-
-def wan() -> WanPipeline:
-    torch.manual_seed(0)
-    return WanPipeline(transformer=wan_model(), **wan_parts())
-
-
-def wan_experts() -> WanPipeline:
-    torch.manual_seed(0)
-    return WanPipeline(transformer=wan_model(), transformer_2=wan_model(), boundary_ratio=0.8, **wan_parts())
-
-
-def wan_expanded() -> WanPipeline:
-    torch.manual_seed(0)
-    return WanPipeline(transformer=wan_model(), expand_timesteps=True, **wan_parts())
-
-
-def wan_image() -> WanImageToVideoPipeline:
-    """Wan 2.1: the image is given as further channels and through a CLIP encoder."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
     )
-    return WanImageToVideoPipeline(
-        transformer=wan_model(4 + 4 + 2, image_dim=16, added_kv_proj_dim=24),
-        image_encoder=CLIPVisionModel(vision).eval(),
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-        **wan_parts(),
+    return (CogVideoXImageToVideoPipeline if image else CogVideoXPipeline)(
+        transformer=revived(model),
+        scheduler=scheduler(),
+        vae=vae.eval(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
     )
 
 
-def wan_image_expanded() -> WanImageToVideoPipeline:
-    """Wan 2.2, 5B: the image is given in place of the first latent frame."""
-    torch.manual_seed(0)
-    return WanImageToVideoPipeline(
-        transformer=wan_model(), image_encoder=None, image_processor=None, expand_timesteps=True, **wan_parts()
+@cache
+def llama_tokenizer() -> LlamaTokenizer:
+    """Whole words where the tests name them, letters for the rest."""
+    starts = ["▁" + word[:end] for word in tiny.WORDS for end in range(1, len(word) + 1)]
+    pieces = dict.fromkeys(["<unk>", "<s>", "</s>", "<|eot_id|>", "▁", *LETTERS, ":", *starts])
+    merges = dict.fromkeys((start[:-1], start[-1]) for start in starts)
+    return LlamaTokenizer(
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=list(merges),
+        pad_token="</s>",
+        additional_special_tokens=["<|eot_id|>"],
+        padding_side="right",
     )
 
 
-def _wan(make: Any, condition: Any = None, **more: Any) -> Tiny:
+def hunyuan() -> Any:
+    torch.manual_seed(0)
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        pooled_projection_dim=16,
+        rope_axes_dim=(4, 2, 2),
+    )
+    llama = LlamaConfig(
+        vocab_size=len(llama_tokenizer()),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    pooled = tiny.text_config()
+    pooled.max_position_embeddings = 77
+    return HunyuanVideoPipeline(
+        transformer=revived(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=None,
+        text_encoder=LlamaModel(llama).eval(),
+        tokenizer=llama_tokenizer(),
+        text_encoder_2=CLIPTextModel(pooled).eval(),
+        tokenizer_2=tiny.tokenizer(),
+    )
+
+
+def ltx() -> Any:
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=1,
+        caption_channels=16,
+    )
+    return LTXPipeline(
+        transformer=revived(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def mochi() -> Any:
+    torch.manual_seed(0)
+    model = MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        max_sequence_length=TOKENS,
+    )
+    return MochiPipeline(
+        transformer=revived(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=None,
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def _video(make: Any, frames: int, scale: int, **more: Any) -> Tiny:
     return Tiny(
         make,
         guided={"guidance_scale": 3.0, "negative_prompt": "a bird"},
         free={"guidance_scale": 1.0},
-        size=(16, 32),
-        grid=(5, 4, 8),
-        sites=4 if make is wan_experts else 2,
-        experts=2 if make is wan_experts else 1,
-        given_frame=make is wan_image_expanded,
-        condition=condition,
-        more={"num_frames": FRAMES, "max_sequence_length": TOKENS, **more},
+        size=(4 * scale, 6 * scale),
+        grid=(3, 4, 6),
+        sites=2,
+        condition=more.pop("condition", None),
+        of_two={"image": [more["image"]] * 2} if "image" in more else {},
+        more={"num_frames": frames, "max_sequence_length": TOKENS, **more},
     )
 
 
+HUNYUAN = Tiny(
+    hunyuan,
+    guided={"true_cfg_scale": 3.0, "negative_prompt": "a bird"},
+    free={"true_cfg_scale": 1.0},
+    size=(64, 96),
+    grid=(3, 4, 6),
+    sites=2,
+    more={
+        "num_frames": 9,
+        "max_sequence_length": TOKENS,
+        "prompt_template": {"template": TEMPLATE, "crop_start": 4},
+    },
+)
 VIDEOS = {
-    "wan": _wan(wan),
-    "wan-experts": _wan(wan_experts),
-    "wan-expanded": _wan(wan_expanded),
-    "wan-image": _wan(wan_image, lambda sample: sample[:, 4:], image=PICTURE, max_sequence_length=512),
-    "wan-image-expanded": _wan(wan_image_expanded, lambda sample: sample[:, :, :1], image=PICTURE),
+    **WAN,
+    "cogvideox": _video(cogvideox, 9, 16),
+    "cogvideox-rotary": _video(lambda: cogvideox(CogVideoXDPMScheduler, use_rotary_positional_embeddings=True), 9, 16),
+    "cogvideox-image": _video(
+        lambda: cogvideox(image=True), 9, 16, image=PICTURE, condition=lambda sample: sample[:, :, 4:]
+    ),
+    "hunyuan": HUNYUAN,
+    "ltx": _video(ltx, 17, 32),
+    "mochi": _video(mochi, 13, 16),
 }

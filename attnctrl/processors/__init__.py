@@ -5,12 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from attnctrl.errors import ControlError
+from attnctrl.processors.cogvideox import CogVideoXFamily
 from attnctrl.processors.family import Family
 from attnctrl.processors.flux import FluxFamily
+from attnctrl.processors.hunyuan import HunyuanFamily
+from attnctrl.processors.ltx import LTXFamily
+from attnctrl.processors.mochi import MochiFamily
 from attnctrl.processors.unet import UNetFamily
 from attnctrl.processors.wan import WanFamily
 
-FAMILIES: tuple[Any, ...] = (UNetFamily, FluxFamily, WanFamily)
+FAMILIES: tuple[Any, ...] = (
+    UNetFamily,
+    FluxFamily,
+    WanFamily,
+    CogVideoXFamily,
+    HunyuanFamily,
+    LTXFamily,
+    MochiFamily,
+)
 
 
 def family_of(pipe: Any) -> Family:

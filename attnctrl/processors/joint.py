@@ -9,7 +9,7 @@ import torch
 
 from attnctrl.processors.attend import attend, observe_only
 from attnctrl.processors.work import Branch, Work
-from attnctrl.sites import Call, Site, TokenLayout
+from attnctrl.sites import Call, Grid, Site, TokenLayout
 
 
 class JointLayer(Protocol):
@@ -117,6 +117,17 @@ class JointProcessor:
             mask=layer.mask if layer.mask is None or layer.mask.shape[0] == 1 else layer.mask[rows],
             **more,
         )
+
+
+def after_text(text: int, grid: Grid) -> TokenLayout:
+    """The layout of [text, latents] for so many text tokens."""
+    return TokenLayout(slice(text, text + grid[0] * grid[1] * grid[2]), slice(0, text), grid)
+
+
+def before_text(text: int, grid: Grid) -> TokenLayout:
+    """The layout of [latents, text] for so many text tokens."""
+    count = grid[0] * grid[1] * grid[2]
+    return TokenLayout(slice(0, count), slice(count, count + text), grid)
 
 
 def blocks_of(model: Any, *lists: str) -> list[tuple[str, Any]]:
