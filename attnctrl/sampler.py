@@ -75,6 +75,11 @@ class Sampler:
         if self.family.compiled:
             assert self.sampling.step is not None
             masks = site_masks(self, self.sampling.step)
+            if masks and not names.extras:
+                raise ControlError(
+                    f"masks cannot reach a compiled {type(self.family.model).__name__}: use the pipeline without "
+                    "torch.compile."
+                )
             if masks:
                 kwargs = self.family.with_extra(kwargs, MASKS, masks)
         return args, kwargs
@@ -123,7 +128,7 @@ class Sampler:
 
         def again(context: torch.Tensor | None) -> torch.Tensor:
             args, kwargs = self.conditional
-            if self.family.compiled:
+            if self.family.compiled and self.family.names.extras:
                 # The masks of the step travel in the keyword arguments that are sent again here.
                 kwargs = self.family.with_extra(kwargs, MASKS, {})
             with self._inside(silent=True):

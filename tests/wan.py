@@ -22,9 +22,10 @@ from transformers import (
 from tests.parts import TOKENS, Tiny, revived, t5_tokenizer
 
 FRAMES = 9
+FTFY = SimpleNamespace(fix_text=lambda text: text)
 # Without ftfy, which diffusers takes for optional, its image-to-video pipeline fails at this name.
 if not is_ftfy_available():
-    pipeline_wan_i2v.ftfy = SimpleNamespace(fix_text=lambda text: text)
+    pipeline_wan_i2v.ftfy = FTFY
 PICTURE = Image.radial_gradient("L").convert("RGB").resize((32, 16))
 
 

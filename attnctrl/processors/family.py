@@ -26,7 +26,8 @@ class Names:
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
     extras: str = ""
-    """The keyword whose entries the model hands on to every processor; empty where there is none."""
+    """The keyword whose entries the model hands on to every processor, the way of masks into compiled models; empty
+    where there is none."""
 
 
 class Family:

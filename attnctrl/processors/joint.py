@@ -67,7 +67,8 @@ class JointProcessor:
 
     def answer(self, *given: Any) -> Any:
         """What the stock processor returns for these arguments, under the controls of the run."""
-        work: Work | None = self.owner.work(self.site)
+        # The sampler refuses controls that act on a compiled model.
+        work: Work | None = None if torch.compiler.is_compiling() else self.owner.work(self.site)
         if work is None:
             return self.stock(*given)
         output = self.stock(*given) if work.observed_only else None
