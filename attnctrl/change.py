@@ -34,8 +34,15 @@ class Change:
         latents(moved).add_(self.delta.to(sample.dtype).repeat(repeats))
         return moved
 
-    def of_latents(self, sample: torch.Tensor, scale: float) -> torch.Tensor:
-        """The sampler's latents with the same change. scale: what the denoiser's input is of the latents."""
+    def of_latents(
+        self, sample: torch.Tensor, scale: float, drawn: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """The sampler's latents with the same change. scale: what the denoiser's input is of the latents.
+
+        drawn: gives the view of those that the denoiser was given.
+        """
         if self.delta is None:
             return sample
-        return (sample.float() + self.delta.to(sample.device) / scale).to(sample.dtype)
+        moved = sample.to(torch.float32, copy=True)
+        drawn(moved).add_(self.delta.to(sample.device) / scale)
+        return moved.to(sample.dtype)

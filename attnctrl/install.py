@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from attnctrl.compiled import compiled_in_place, enclose
 from attnctrl.errors import ControlError
@@ -17,15 +15,18 @@ from attnctrl.processors.work import Work
 from attnctrl.sites import Site
 
 if TYPE_CHECKING:
+    import torch
+
     from attnctrl.run import Run
 
 # The runs that the current thread (or task) is inside of, outermost first.
 RUNS: ContextVar[tuple[Run, ...]] = ContextVar("attnctrl_runs", default=())
 _LOCK = threading.Lock()
+CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class Installation:
-    """Our processors and hooks on one model, there as long as any run, of any thread, uses the model."""
+    """Our processors and hooks on the denoisers of one pipeline, there as long as any run, of any thread, uses them."""
 
     def __init__(self, family: Any) -> None:
         self.family = family
@@ -35,28 +36,10 @@ class Installation:
         self.foreign: dict[str, str] = {}
         self.undo: list[Callable[[], None]] = []
         self.frozen: list[torch.nn.Parameter] = []
-        self.recomputed: Run | None = None
-        self.turn = threading.Lock()
 
     def current(self) -> Run | None:
         """The run of this thread that is in the middle of a sampling on this model."""
-        runs = RUNS.get()
-        if not runs and torch.is_grad_enabled():
-            return self.recomputed
-        return latest(run for run in runs if run.installation is self)
-
-    @contextmanager
-    def recomputing(self, run: Run) -> Iterator[None]:
-        """While gradient checkpointing may run layers again in autograd's own threads, which are inside of no run.
-
-        For models that hand no keywords to their processors. Runs take turns, as those threads belong to neither.
-        """
-        with self.turn:
-            self.recomputed = run
-            try:
-                yield
-            finally:
-                self.recomputed = None
+        return latest(run for run in RUNS.get() if run.installation is self)
 
     def work(self, site: Site) -> Work | None:
         """What the processor of `site` has to do now; None for the stock attention."""
@@ -71,23 +54,35 @@ class Installation:
                 self.foreign[site.name] = type(stock).__name__
                 continue
             ours = self.family.stand_in(stock, site, self)
-            module.set_processor(ours)
+            _put(module, ours)
             self.placed.append((module, ours, stock))
-        outer: torch.nn.Module = self.family.outer
-        if compiled_in_place(outer):
-            self.undo.append(enclose(outer, self._around))
-        else:
-            self.undo.append(outer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            self.undo.append(outer.register_forward_hook(self._after, with_kwargs=True).remove)
+        for denoiser in self.family.denoisers:
+            if compiled_in_place(denoiser):
+                self.undo.append(enclose(denoiser, partial(self._around, denoiser)))
+            else:
+                self.undo.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                self.undo.append(denoiser.register_forward_hook(self._after, with_kwargs=True).remove)
         for block, around in self.family.compiled_blocks():
             self.undo.append(enclose(block, around))
 
     def freeze(self) -> None:
         """Stop tracking gradients by the weights, whose saved activations would cost a loss most of its memory."""
-        loose = [p for p in self.family.model.parameters() if p.requires_grad]
+        loose = [p for model in self.family.models for p in model.parameters() if p.requires_grad]
         for parameter in loose:
             parameter.requires_grad_(False)
         self.frozen += loose
+
+    def carry_context(self) -> None:
+        """Have gradient checkpointing recompute layers under the context variables of their forward pass.
+
+        On a GPU they are recomputed in autograd's own threads, where `RUNS` is empty.
+        """
+        with _LOCK:
+            for module in (m for model in self.family.models for m in model.modules()):
+                stock = getattr(module, CHECKPOINT, None)
+                if stock is not None and not hasattr(stock, "attnctrl_stock"):
+                    setattr(module, CHECKPOINT, _carrying(stock))
+                    self.undo.append(partial(_uncarry, module))
 
     def remove(self) -> None:
         for parameter in self.frozen:
@@ -95,26 +90,48 @@ class Installation:
         for module, ours, stock in self.placed:
             # Someone who exchanged the processor inside the block wants theirs to stay.
             if module.processor is ours:
-                module.set_processor(stock)
+                _put(module, stock)
         for undo in self.undo:
             undo()
 
-    def _before(self, module: Any, args: tuple, *rest: Any) -> tuple[tuple, dict] | None:
+    def _before(self, denoiser: Any, args: tuple, *rest: Any) -> tuple[tuple, dict] | None:
         run = self.current()
-        return None if run is None else run.before_denoiser(args, *rest)
+        return None if run is None else run.before_denoiser(denoiser, args, *rest)
 
-    def _after(self, module: Any, args: tuple, *rest: Any) -> None:
+    def _after(self, denoiser: Any, args: tuple, *rest: Any) -> None:
         run = self.current()
         # Outside a run, without kwargs too: torch forgets that we asked for them when another thread removes us.
         if run is not None:
             kwargs, output = rest
             run.after_denoiser(args, kwargs, output)
 
-    def _around(self, call: Callable, args: tuple, kwargs: dict) -> Any:
-        args, kwargs = self._before(None, args, kwargs) or (args, kwargs)
+    def _around(self, denoiser: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = self._before(denoiser, args, kwargs) or (args, kwargs)
         output = call(*args, **kwargs)
-        self._after(None, args, kwargs, output)
+        self._after(denoiser, args, kwargs, output)
         return output
+
+
+def _put(module: Any, processor: Any) -> None:
+    # Mochi's attention has no `set_processor`.
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
+
+
+def _carrying(checkpoint: Callable) -> Callable:
+    def carrying(layer: Callable, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(partial(copy_context().run, layer), *args, **kwargs)
+
+    carrying.attnctrl_stock = checkpoint  # type: ignore[attr-defined]
+    return carrying
+
+
+def _uncarry(module: Any) -> None:
+    # Checkpointing may have been switched on again inside the block, with a function of its own.
+    ours = getattr(module, CHECKPOINT)
+    setattr(module, CHECKPOINT, getattr(ours, "attnctrl_stock", ours))
 
 
 def latest(runs: Iterable[Run]) -> Run | None:
@@ -132,7 +149,7 @@ def acquire(family: Any, *, frozen: bool = False) -> Installation:
         owners = (getattr(m.processor, "owner", None) for _, m in family.sites())
         found = next((owner for owner in owners if isinstance(owner, Installation)), None)
         # A model compiled after the first run entered has another outer module, whose hooks would be missing.
-        if found is not None and found.family.outer is not family.outer:
+        if found is not None and found.family.denoisers != family.denoisers:
             raise ControlError(
                 "the denoiser was exchanged or compiled inside a control block: do so before entering it."
             )

@@ -15,9 +15,9 @@ from attnctrl.sites import Grid
 class Maps:
     """Attention of phrases during one sampling: `maps["a red circle"]` is (steps, height, width), float32, on the CPU.
 
-    Each map is the mean over heads, over the recorded sites and over the phrase's tokens, in the conditional branch;
-    a value is the share of a pixel's attention that a token of the phrase gets. tokens: (batch, phrases, text tokens)
-    bool.
+    Videos have a frames axis before height. Each map is the mean over heads, over the recorded sites and over the
+    phrase's tokens, in the conditional branch; a value is the share of a pixel's attention that a token of the phrase
+    gets. tokens: (batch, phrases, text tokens) bool.
     """
 
     phrases: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Maps:
         return self.of(phrase)
 
     def of(self, phrase: str, image: int = 0) -> torch.Tensor:
-        """(steps, height, width) of `phrase` in picture `image` of the batch; KeyError if it was not recorded."""
+        """(steps, [frames,] height, width) of `phrase` in picture `image` of the batch; KeyError if not recorded."""
         if phrase not in self.phrases or not self._steps or self.grid is None:
             known = ", ".join(f'"{p}"' for p in self.phrases) or "none"
             raise KeyError(
@@ -49,12 +49,12 @@ class Maps:
         column = self.phrases.index(phrase)
         steps = [torch.stack(list(sites.values())).mean(dim=0) for _, sites in sorted(self._steps.items())]
         stacked = torch.stack(steps)[:, image, column]
-        return stacked.reshape(len(steps), self.grid[1], self.grid[2])
+        return stacked.reshape(len(steps), *(self.grid if self.grid[0] > 1 else self.grid[1:]))
 
     def picture(self, phrase: str, image: int = 0, size: tuple[int, int] = (256, 256)) -> Image.Image:
-        """The mean over steps as a heat map, min-max normalised, of `size` (width, height) pixels."""
-        mean = self.of(phrase, image).mean(dim=0)
-        return heat_map(mean, size)
+        """The mean over steps and frames as a heat map, min-max normalised, of `size` (width, height) pixels."""
+        maps = self.of(phrase, image)
+        return heat_map(maps.flatten(0, -3).mean(dim=0), size)
 
     def overlay(self, picture: Image.Image, phrase: str, image: int = 0, strength: float = 0.6) -> Image.Image:
         """The heat map of `phrase` laid over the generated picture; strength in [0, 1]."""

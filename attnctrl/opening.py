@@ -25,7 +25,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
     """
     pipe, family = run.pipe, run.family
     text = family.text(outputs)
-    images = int(arguments.get("num_images_per_prompt") or 1)
+    images = int(arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1)
     first = arguments.get("prompt") if arguments.get("prompt") is not None else run.prompt
     prompts = None if first is None else [first] if isinstance(first, str) else list(first)
     count = text.positive.shape[0] // images
@@ -51,7 +51,12 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
                 given[name] = arguments[name]
             elif parameter.default is parameter.empty:
                 given[name] = None  # the second and third prompts, which follow the first
-        plain = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "prompt": list(texts)}
+        plain = {
+            "num_images_per_prompt": 1,
+            "num_videos_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+            "prompt": list(texts),
+        }
         given |= {name: value for name, value in plain.items() if name in arguments}
         if given.get("image") is None:
             return family.text(stock(**given))

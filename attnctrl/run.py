@@ -159,8 +159,8 @@ class Run:
             return stock(*args, **kwargs)
         return run.sampler.scheduler_step(stock, args, kwargs)
 
-    def before_denoiser(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        return self.sampler.before_denoiser(args, kwargs) if self.sampler else None
+    def before_denoiser(self, denoiser: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return self.sampler.before_denoiser(denoiser, args, kwargs) if self.sampler else None
 
     def after_denoiser(self, args: tuple, kwargs: dict, output: Any) -> None:
         if self.sampler:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from attnctrl.processors.work import Branch, Work
 from attnctrl.recording import Recorder, wants_record
 from attnctrl.sampling import Active, Sampling
 from attnctrl.schedule import Schedule
-from attnctrl.sites import MASKS, SOURCE, Grid, Site, Step
+from attnctrl.sites import MASKS, Grid, Site, Step
 
 if TYPE_CHECKING:
     from attnctrl.run import Run
@@ -30,6 +30,7 @@ class Sampler:
 
     def __init__(self, run: Run, sampling: Sampling) -> None:
         self.run, self.sampling, self.family = run, sampling, run.family
+        self.denoiser = run.family.denoisers[0]
         self.scheduler = run.pipe.scheduler
         self.schedule = Schedule(self.scheduler)
         self.step_signature = Signature(type(self.scheduler).step)
@@ -48,7 +49,9 @@ class Sampler:
         self.idle = all(c.idle for c in run.controls) and not wants_record(run.controls, run.record)
 
     # the denoiser's call -------------------------------------------------------------------------------------
-    def before_denoiser(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def before_denoiser(
+        self, denoiser: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook: starts the sampling, runs the noise and loss points once per step, hands on the new latents."""
         if self.inner or self.idle:
             return None
@@ -57,6 +60,7 @@ class Sampler:
                 f"{type(self.family.model).__name__} is compiled, and attnctrl controls it uncompiled only: use the "
                 "pipeline without torch.compile."
             )
+        self.denoiser = denoiser
         names, signature = self.family.names, self.family.signature
         sample = self.family.sample(args, kwargs)
         self.rows = sample.shape[0]
@@ -80,6 +84,11 @@ class Sampler:
         if self.family.compiled:
             assert self.sampling.step is not None
             masks = site_masks(self, self.sampling.step)
+            if masks and not names.extras:
+                raise ControlError(
+                    f"masks cannot reach a compiled {type(self.family.model).__name__}: use the pipeline without "
+                    "torch.compile."
+                )
             if masks:
                 kwargs = self.family.with_extra(kwargs, MASKS, masks)
         return args, kwargs
@@ -102,7 +111,8 @@ class Sampler:
             combined = signature.get(args, kwargs, "model_output")
             args, kwargs = signature.put(args, kwargs, "model_output", self._guided(combined, step))
         if self.change.delta is not None:
-            moved = self.change.of_latents(signature.get(args, kwargs, "sample"), self.schedule.input_scale(step))
+            sample, scale = signature.get(args, kwargs, "sample"), self.schedule.input_scale(step)
+            moved = self.change.of_latents(sample, scale, lambda given: self.family.drawn(given, grid))
             args, kwargs = signature.put(args, kwargs, "sample", moved)
         result = stock(*args, **kwargs)
         self.steps_done += 1
@@ -128,7 +138,7 @@ class Sampler:
 
         def again(context: torch.Tensor | None) -> torch.Tensor:
             args, kwargs = self.conditional
-            if self.family.compiled:
+            if self.family.compiled and self.family.names.extras:
                 # The masks of the step travel in the keyword arguments that are sent again here.
                 kwargs = self.family.with_extra(kwargs, MASKS, {})
             with self._inside(silent=True):
@@ -245,7 +255,8 @@ class Sampler:
             descent = one.control.descent(step)
             if descent is not None and descent.scale != 0 and descent.iterations > 0:
                 sites = one.control.where.select(self.sampling.sites, self.sampling.latent_grid)
-                losses.append((one, descent, {s.name for s in sites}))
+                expert = self.family.denoisers.index(self.denoiser)
+                losses.append((one, descent, {s.name for s in sites if s.expert == expert}))
         if not losses:
             return
         if self.family.compiled:
@@ -255,12 +266,9 @@ class Sampler:
         # A caller's inference mode left tensors that autograd must not save.
         args, kwargs = ordinary((args, kwargs))
         args, kwargs = self.family.picked(args, kwargs, self.rows, self.conditional_rows())
-        turn: AbstractContextManager = nullcontext()
-        if checkpointed and self.family.names.extras:
-            kwargs = self.family.with_extra(kwargs, SOURCE, self)
-        elif checkpointed:
+        if checkpointed:
             assert self.run.installation is not None
-            turn = self.run.installation.recomputing(self.run)
+            self.run.installation.carry_context()
 
         def forward(leaf: torch.Tensor, reader: Reader) -> None:
             self.reader = reader
@@ -272,7 +280,7 @@ class Sampler:
         cond = sample[self.conditional_rows()]
         try:
             # Until the gradients are taken: checkpointing runs layers again in the backward pass.
-            with self._inside(), turn:
+            with self._inside():
                 self.change.add(descend(self.sampling, losses, cond, latents, forward, stop=not checkpointed))
         finally:
             self.reader = None
@@ -283,7 +291,7 @@ class Sampler:
             args, kwargs = self.family.with_sample(args, kwargs, sample)
         if context is not None:
             args, kwargs = self.family.with_text(args, kwargs, context)
-        return self.family.outer(*args, **kwargs)
+        return self.denoiser(*args, **kwargs)
 
     @contextmanager
     def _inside(self, silent: bool = False) -> Iterator[None]:

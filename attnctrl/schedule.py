@@ -29,8 +29,11 @@ class Schedule:
             distances = [abs(t - timestep) for t in self.timesteps]
             self.first = distances.index(min(distances)) if begin is None else int(begin)
         index = min(self.first + done, len(self.timesteps) - 1)
-        value = self.timesteps[index]
-        return Step(index, len(self.timesteps), value, value / float(self.scheduler.config.num_train_timesteps))
+        value, config = self.timesteps[index], self.scheduler.config
+        noise = value / float(config.num_train_timesteps)
+        # Mochi counts from noise upwards.
+        inverted = getattr(config, "invert_sigmas", False)
+        return Step(index, len(self.timesteps), value, 1 - noise if inverted else noise)
 
     def input_scale(self, step: Step | None) -> float:
         """What `scale_model_input` multiplies the latents by at `step`."""

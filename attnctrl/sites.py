@@ -15,7 +15,7 @@ Grid = tuple[int, int, int]
 """Latent tokens as (frames, height, width); pictures have one frame."""
 
 # The keywords under which the run hands things to processors, where a model passes keywords on.
-MASKS, BLOCK_MASKS, SOURCE = "attnctrl_masks", "attnctrl_block_masks", "attnctrl_source"
+MASKS, BLOCK_MASKS = "attnctrl_masks", "attnctrl_block_masks"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Site:
     """One attention layer of a model.
 
     name: module path. kind: "self", "cross" or "joint". block: "down", "mid", "up" or "" (transformers).
-    order: position in the forward pass. depth: how often the latent grid was halved before this layer.
+    order: position in the forward pass. depth: how often the latent grid was halved before this layer. expert: number
+    of the denoiser, in pipelines that have several for different steps.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Site:
     block: str
     order: int
     depth: int = 0
+    expert: int = 0
 
     def grid(self, latents: Grid) -> Grid:
         """The token grid of this site for latents of grid `latents`; halving rounds up, as strided convolutions do."""

@@ -97,7 +97,9 @@ def revived(model: Any) -> Any:
 class Tiny:
     """make: the pipeline. guided, free: the call's arguments with and without classifier-free guidance.
 
-    size: (height, width) in pixels; grid: the latent tokens that it gives. sites: how many layers can be controlled.
+    size: (height, width) in pixels; grid: the latent tokens that it gives. sites: how many layers can be controlled,
+    of all experts together. more: further arguments of every call; of_two: of a call with two prompts. given_frame:
+    whether the first frame is that of a given picture. condition: the part of the denoiser's input that is no latents.
     unguided: there is no unconditional branch. rescaled: the pipeline rescales what guidance makes. plus: by how much
     the guidance scale is larger than what the pipeline calls so. masks: padded text is invisible.
     """
@@ -109,6 +111,10 @@ class Tiny:
     grid: tuple[int, int, int]
     sites: int
     more: dict[str, Any] = field(default_factory=dict)
+    of_two: dict[str, Any] = field(default_factory=dict)
+    experts: int = 1
+    given_frame: bool = False
+    condition: Callable[[torch.Tensor], torch.Tensor] | None = None
     unguided: bool = False
     rescaled: bool = False
     plus: float = 0.0

@@ -1,6 +1,6 @@
 """Attention kernels; they know nothing of controls."""
 
-from attnctrl.kernels.columns import column_probabilities
+from attnctrl.kernels.columns import column_probabilities, mean_columns
 from attnctrl.kernels.dispatch import attention_with_lse, group_attention
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.reference import attention, combine_masks, logits, probabilities
@@ -14,4 +14,5 @@ __all__ = [
     "group_attention",
     "attention_with_lse",
     "column_probabilities",
+    "mean_columns",
 ]

@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from attnctrl.errors import ControlError
+from attnctrl.processors.cogvideox import CogVideoXFamily
 from attnctrl.processors.family import Family
 from attnctrl.processors.flux import FluxFamily
 from attnctrl.processors.flux2 import Flux2Family
+from attnctrl.processors.hunyuan import HunyuanFamily
+from attnctrl.processors.ltx import LTXFamily
+from attnctrl.processors.mochi import MochiFamily
 from attnctrl.processors.pixart import PixArtFamily
 from attnctrl.processors.qwen import QwenFamily
 from attnctrl.processors.sana import SanaFamily
 from attnctrl.processors.sd3 import SD3Family
 from attnctrl.processors.unet import UNetFamily
+from attnctrl.processors.wan import WanFamily
 from attnctrl.processors.zimage import ZImageFamily
 
 FAMILIES: tuple[Any, ...] = (
@@ -24,6 +29,11 @@ FAMILIES: tuple[Any, ...] = (
     SanaFamily,
     Flux2Family,
     ZImageFamily,
+    WanFamily,
+    CogVideoXFamily,
+    HunyuanFamily,
+    LTXFamily,
+    MochiFamily,
 )
 
 

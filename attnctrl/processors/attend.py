@@ -8,12 +8,21 @@ from contextlib import AbstractContextManager
 import torch
 
 from attnctrl.errors import ControlError
-from attnctrl.kernels import attention, combine_masks, logits
-from attnctrl.kernels.chunked import attention as grouped_attention
-from attnctrl.kernels.groups import TokenGroups
+from attnctrl.kernels import (
+    TokenGroups,
+    attention,
+    attention_with_lse,
+    combine_masks,
+    group_attention,
+    logits,
+    mean_columns,
+    probabilities,
+)
 from attnctrl.processors.work import Work
 from attnctrl.sampling import Active
 from attnctrl.sites import Call
+
+Mask = torch.Tensor | TokenGroups | None
 
 
 def attend(call: Call, work: Work) -> torch.Tensor:
@@ -31,11 +40,9 @@ def attend(call: Call, work: Work) -> torch.Tensor:
     observe = work.observe if call.branch == "cond" else None
     edited = any({"scores", "probs"} & one.points for one in active)
 
-    probs = None
-    if edited or (observe is not None and call.site.kind != "self"):
-        probs = _probabilities(call, mask, active, work)
+    probs = _probabilities(call, mask, active, work) if edited else None
     if observe is not None:
-        observe(call, probs, mask if isinstance(mask, torch.Tensor) else None)
+        observe(call, _map(call, mask, probs), None if isinstance(mask, TokenGroups) else mask)
 
     result = None
     for one, timed in _having("attend", active, call, work):
@@ -55,10 +62,32 @@ def attend(call: Call, work: Work) -> torch.Tensor:
 
 
 def observe_only(call: Call, work: Work) -> None:
-    """Hand the call's probabilities to the observer, computing no output."""
+    """Hand the call's map to the observer, computing no output."""
     assert work.observe is not None
-    probs = None if call.site.kind == "self" else _probabilities(call, call.mask, (), work)
-    work.observe(call, probs, call.mask)
+    work.observe(call, _map(call, call.mask, None), call.mask)
+
+
+def _map(call: Call, mask: Mask, probs: torch.Tensor | None) -> torch.Tensor | None:
+    """What latent tokens see of text tokens: (batch, heads or 1 for their mean, latent tokens, text tokens).
+
+    None for self-attention. In joint attention, unless the probabilities are there anyway, only the columns of the
+    text are computed, from the log-sum-exp of the whole: no array is tokens x tokens.
+    """
+    if call.site.kind == "self":
+        return None
+    latent, text = call.queries.latent, call.keys.text
+    if probs is None and call.site.kind == "cross":
+        probs = probabilities(call.query, call.key, _dense(mask), call.scale)
+    if probs is not None:
+        return probs[:, :, latent, text]
+    _, lse = attention_with_lse(call.query, call.key, call.value, mask, call.scale)
+    shown: torch.Tensor | None
+    if isinstance(mask, TokenGroups):
+        shown = mask.visible(text)[:, :, latent]
+    else:
+        shown = mask if mask is None or mask.shape[-2] == 1 else mask[..., latent, :]
+        shown = None if shown is None else shown[..., text]
+    return mean_columns(call.query[:, :, latent], call.key[:, :, text], lse[:, :, latent], call.scale, shown)
 
 
 def _having(
@@ -70,7 +99,7 @@ def _having(
             yield one, work.report.timed(one.index, one.control.name, point, call.step.index, call.site.name)
 
 
-def _mask(call: Call, active: tuple[Active, ...], work: Work) -> torch.Tensor | TokenGroups | None:
+def _mask(call: Call, active: tuple[Active, ...], work: Work) -> Mask:
     masks = [] if call.mask is None else [call.mask]
     groups: TokenGroups | None = None
     for one, timed in _having("mask", active, call, work):
@@ -104,17 +133,18 @@ def _grouped(groups: TokenGroups, dense: torch.Tensor | None, call: Call) -> Tok
     return groups.hide_keys(hidden[:, 0, 0])
 
 
-def _attention(call: Call, mask: torch.Tensor | TokenGroups | None) -> torch.Tensor:
+def _attention(call: Call, mask: Mask) -> torch.Tensor:
     if isinstance(mask, TokenGroups):
-        return grouped_attention(call.query, call.key, call.value, mask, call.scale)[0]
+        return group_attention(call.query, call.key, call.value, mask, call.scale)
     return attention(call.query, call.key, call.value, mask, call.scale)
 
 
-def _probabilities(
-    call: Call, mask: torch.Tensor | TokenGroups | None, active: tuple[Active, ...], work: Work
-) -> torch.Tensor:
-    dense = mask.dense() if isinstance(mask, TokenGroups) else mask
-    scores = logits(call.query, call.key, dense, call.scale)
+def _dense(mask: Mask) -> torch.Tensor | None:
+    return mask.dense() if isinstance(mask, TokenGroups) else mask
+
+
+def _probabilities(call: Call, mask: Mask, active: tuple[Active, ...], work: Work) -> torch.Tensor:
+    scores = logits(call.query, call.key, _dense(mask), call.scale)
     for one, timed in _having("scores", active, call, work):
         with timed:
             scores = one.control.scores(scores, call, one.state)

@@ -129,7 +129,6 @@ class ClassicProcessor:
         *args: Any,
         attnctrl_masks: dict[str, torch.Tensor] | None = None,
         attnctrl_block_masks: dict[str, torch.Tensor] | None = None,
-        attnctrl_source: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         # Some stock processors take no temb, so that it goes to them only where there is one.
@@ -145,7 +144,7 @@ class ClassicProcessor:
             if mask is None:
                 return self.stock(*given, **kwargs)
             return masked_layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb, mask)
-        work: Work | None = (attnctrl_source or self.owner).work(self.site)
+        work: Work | None = self.owner.work(self.site)
         if work is None:
             return self.stock(*given, **kwargs)
         if work.observed_only:

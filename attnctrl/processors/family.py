@@ -11,6 +11,7 @@ import torch
 
 from attnctrl.calls import Signature, rows_of
 from attnctrl.compiled import compiled_in_place
+from attnctrl.errors import ControlError
 from attnctrl.processors.work import Branch, call_of, halves_of
 from attnctrl.prompt import Reader
 from attnctrl.sites import Call, Grid, Site, Step, TokenLayout
@@ -25,7 +26,8 @@ class Names:
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
     extras: str = ""
-    """The keyword whose entries the model hands on to every processor; empty where there is none."""
+    """The keyword whose entries the model hands on to every processor, the way of masks into compiled models; empty
+    where there is none."""
 
 
 class Family:
@@ -45,20 +47,23 @@ class Family:
     encodes: ClassVar[int] = 1
     compiles: ClassVar[bool] = False
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.outer = model
-        self.model: Any = uncompiled(model)
+    def __init__(self, *denoisers: torch.nn.Module) -> None:
+        """denoisers: the pipeline's, of one architecture; with several, each takes some of the steps."""
+        self.denoisers = denoisers
+        self.models: tuple[Any, ...] = tuple(map(uncompiled, denoisers))
+        self.model: Any = self.models[0]
 
     # the model --------------------------------------------------------------------------------------------------
     @cached_property
     def compiled(self) -> bool:
-        """Whether any part of the denoiser runs under torch.compile."""
-        return self.outer is not self.model or any(map(compiled_in_place, self.model.modules()))
+        """Whether any part of a denoiser runs under torch.compile."""
+        parts = (part for model in self.models for part in model.modules())
+        return self.denoisers != self.models or any(map(compiled_in_place, parts))
 
     @property
     def checkpointed(self) -> bool:
         """Whether gradient checkpointing recomputes parts of the forward pass."""
-        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+        return any(getattr(model, "is_gradient_checkpointing", False) for model in self.models)
 
     def sites(self) -> list[tuple[Site, Any]]:
         """Every attention layer that can be controlled with its module, in the order of the forward pass."""
@@ -130,6 +135,13 @@ class Family:
         """The part of the denoiser's input that is the sampler's latents: a view of `sample`."""
         return sample
 
+    def drawn(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The same part of what the scheduler's step is given: a view of `latents`.
+
+        Smaller than it where the pipeline puts given frames in place of the first latents before each call.
+        """
+        return latents
+
     def unpacked(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The sampler's latents as (batch, channels, height, width), with a frames axis before height for video."""
         return latents
@@ -163,6 +175,14 @@ class Family:
         keys = queries if site.kind == "self" else TokenLayout.of_text(text_tokens)
         empty = like.new_empty(batch, 1, 0, 1)
         return Call(site, step, "cond", empty, empty, empty, 1.0, queries, keys)
+
+
+def keep_length(text: Text, like: torch.Tensor, why: str) -> None:
+    """Raise ControlError when the text has another number of tokens than `like`, (batch, tokens, channels)."""
+    if text.positive.shape[1] != like.shape[1]:
+        raise ControlError(
+            f"a control made {text.positive.shape[1]} text tokens of {like.shape[1]}, but {why}: the number must stay."
+        )
 
 
 def uncompiled(model: Any) -> Any:

@@ -64,9 +64,8 @@ class Flux2Processor(JointProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
-        attnctrl_source: Any = None,
     ) -> Any:
-        work: Work | None = (attnctrl_source or self.owner).work(self.site)
+        work: Work | None = self.owner.work(self.site)
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if work is None:
             return self.stock(*given)
@@ -86,9 +85,8 @@ class ParallelProcessor(JointProcessor):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
-        attnctrl_source: Any = None,
     ) -> torch.Tensor:
-        work: Work | None = (attnctrl_source or self.owner).work(self.site)
+        work: Work | None = self.owner.work(self.site)
         given = (attn, hidden_states, attention_mask, image_rotary_emb)
         if work is None:
             return self.stock(*given)

@@ -1,18 +1,19 @@
-"""What processors of joint attention share: text and latent tokens in one sequence, queries and keys alike."""
+"""What the processors of transformers share: text and latents in one sequence, or text as keys of its own."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from attnctrl.processors.attend import attend, observe_only
 from attnctrl.processors.work import Branch, Work
-from attnctrl.sites import Call, Site, TokenLayout
+from attnctrl.sites import Call, Grid, Site, TokenLayout
 
 
 class JointLayer(Protocol):
-    """One call of a joint attention layer. query, key, value: (batch, heads, tokens, head_dim), ready for attention."""
+    """One call of an attention layer. query, key, value: (batch, heads, tokens, head_dim), ready for attention."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -28,8 +29,11 @@ class JointProcessor:
     """Stands in for a stock processor and calls it whenever no control asks for this site.
 
     owner: the installation that put it there. A family gives its own `__call__`, whose signature must be the stock
-    one's, because attention modules drop the keywords that they do not find there.
+    one's, because attention modules drop the keywords that they do not find there; its layer, made from the stock
+    arguments in their order; and where the tokens stand in it.
     """
+
+    layer: ClassVar[Callable[..., Any]]
 
     def __init__(self, stock: Any, site: Site, owner: Any) -> None:
         self.stock = stock
@@ -53,18 +57,53 @@ class JointProcessor:
     def _parallel_config(self, config: Any) -> None:
         self.stock._parallel_config = config
 
-    def controlled(self, layer: JointLayer, work: Work, layout: TokenLayout) -> Any:
-        """The layer's output under the controls of `work`."""
-        calls = [self._call(layer, work, branch, layout) for branch in work.branches]
+    def layouts(self, layer: Any, work: Work) -> tuple[TokenLayout, TokenLayout]:
+        """Where latents and text stand among the queries and among the keys."""
+        raise NotImplementedError
+
+    def more(self, layer: Any) -> dict[str, Any]:
+        """Further fields of the layer's calls."""
+        return {}
+
+    def answer(self, *given: Any) -> Any:
+        """What the stock processor returns for these arguments, under the controls of the run."""
+        # The sampler refuses controls that act on a compiled model.
+        work: Work | None = None if torch.compiler.is_compiling() else self.owner.work(self.site)
+        if work is None:
+            return self.stock(*given)
+        output = self.stock(*given) if work.observed_only else None
+        layer = type(self).layer(*given)
+        queries, keys = self.layouts(layer, work)
+        if not work.observed_only:
+            return self.controlled(layer, work, queries, keys, **self.more(layer))
+        self.observed(layer, work, queries, keys)
+        return output
+
+    def controlled(
+        self, layer: JointLayer, work: Work, layout: TokenLayout, keys: TokenLayout | None = None, **more: Any
+    ) -> Any:
+        """The layer's output under the controls of `work`.
+
+        layout: of the queries, and of the keys where they have none of their own. more: further fields of the calls.
+        """
+        calls = [self._call(layer, work, branch, layout, keys or layout, more) for branch in work.branches]
         outputs = [attend(call, work) for call in calls]
         return layer.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
-    def observed(self, layer: JointLayer, work: Work, layout: TokenLayout) -> None:
+    def observed(self, layer: JointLayer, work: Work, layout: TokenLayout, keys: TokenLayout | None = None) -> None:
         """Only hand the conditional rows to the observer."""
         branch = next(b for b in work.branches if b.name == "cond")
-        observe_only(self._call(layer, work, branch, layout), work)
+        observe_only(self._call(layer, work, branch, layout, keys or layout, {}), work)
 
-    def _call(self, layer: JointLayer, work: Work, branch: Branch, layout: TokenLayout) -> Call:
+    def _call(
+        self,
+        layer: JointLayer,
+        work: Work,
+        branch: Branch,
+        queries: TokenLayout,
+        keys: TokenLayout,
+        more: dict[str, Any],
+    ) -> Call:
         rows = branch.rows
         return Call(
             site=self.site,
@@ -74,10 +113,22 @@ class JointProcessor:
             key=layer.key[rows],
             value=layer.value[rows],
             scale=layer.scale,
-            queries=layout,
-            keys=layout,
+            queries=queries,
+            keys=keys,
             mask=layer.mask if layer.mask is None or layer.mask.shape[0] == 1 else layer.mask[rows],
+            **more,
         )
+
+
+def after_text(text: int, grid: Grid) -> TokenLayout:
+    """The layout of [text, latents] for so many text tokens."""
+    return TokenLayout(slice(text, text + grid[0] * grid[1] * grid[2]), slice(0, text), grid)
+
+
+def before_text(text: int, grid: Grid) -> TokenLayout:
+    """The layout of [latents, text] for so many text tokens."""
+    count = grid[0] * grid[1] * grid[2]
+    return TokenLayout(slice(0, count), slice(count, count + text), grid)
 
 
 def blocks_of(model: Any, *lists: str) -> list[tuple[str, Any]]:

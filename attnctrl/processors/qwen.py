@@ -75,9 +75,8 @@ class QwenProcessor(JointProcessor):
         encoder_hidden_states_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
-        attnctrl_source: Any = None,
     ) -> Any:
-        work: Work | None = (attnctrl_source or self.owner).work(self.site)
+        work: Work | None = self.owner.work(self.site)
         given = (attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask)
         # The stock processor refuses an attention_mask, so that there is none where we run.
         output = None

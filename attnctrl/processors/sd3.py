@@ -66,10 +66,9 @@ class SD3Processor(JointProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *args: Any,
-        attnctrl_source: Any = None,
         **kwargs: Any,
     ) -> Any:
-        work: Work | None = (attnctrl_source or self.owner).work(self.site)
+        work: Work | None = self.owner.work(self.site)
         if work is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         layout = TokenLayout.of_latents(work.latents)

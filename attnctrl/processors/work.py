@@ -55,7 +55,7 @@ class Work:
     """Everything a processor needs to know; made by the run for each denoiser call.
 
     text: how many text tokens the call has. active: the controls that act here now, by branch. observe: takes the
-    call and, at sites with text keys, its probabilities (batch, heads, queries, keys); it may raise StopForward.
+    call and, at sites with text keys, its map (batch, heads, latent tokens, text tokens); it may raise StopForward.
     observed_only: nothing but recording is wanted, so that the stock processor makes the output.
     """
 

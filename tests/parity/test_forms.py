@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -111,23 +110,6 @@ def test_skip_layer_guidance_is_left_alone() -> None:
     assert branches.count("cond") == branches.count("uncond") == 3 * 3
     answer = guide.got[-1]
     torch.testing.assert_close(answer.again(None), answer.cond, atol=1e-4, rtol=1e-4)
-
-
-def test_recomputed_layers_find_their_run_in_a_thread_without_one() -> None:
-    """On a GPU, gradient checkpointing runs layers again in autograd's own threads."""
-    pipe, found = FAMILIES["sana"].make(), []
-    with ac.control(pipe, Inputs(where=ALL)) as run:
-        draw(pipe, FAMILIES["sana"])
-        installation = run.installation
-        with installation.recomputing(run):
-            thread = threading.Thread(target=lambda: found.append(installation.current()))
-            thread.start()
-            thread.join()
-        assert found == [run]
-        thread = threading.Thread(target=lambda: found.append(installation.current()))
-        thread.start()
-        thread.join()
-        assert found == [run, None]
 
 
 def test_layers_that_keep_reference_tokens_are_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from attnctrl.control import Control, Window, param
+from attnctrl.errors import ControlError
 from attnctrl.layout import Layout, Regions, resolve
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid, Stream
@@ -118,7 +119,11 @@ class RegionPrompts(Control):
         return state["visible"][call.queries.grid]
 
     def inputs(self, call: Call, state: Any) -> Call:
-        assert call.project is not None
+        if call.project is None:
+            raise ControlError(
+                f"{self.name} needs layers that take text of its own as keys, which {call.site.name} does not: use "
+                "Where(kinds=...) or a method for joint attention."
+            )
         contexts, keys = state["contexts"], state["keys"]
         if call.site.name not in keys:
             # Text does not change during a run: project it once per layer.
