@@ -86,12 +86,12 @@ class StepMaps:
 def phrase_maps(probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Mean map of each phrase over its tokens.
 
-    probs: (batch, latent tokens, text tokens); tokens: (batch, phrases, text tokens) bool
-    -> (batch, phrases, latent tokens); phrases without tokens give zeros.
+    probs: (batch, latent tokens, text tokens); tokens: (batch, phrases, prompt tokens) bool, where further text may
+    follow the prompt -> (batch, phrases, latent tokens); phrases without tokens give zeros.
     """
     share = tokens.to(probs.dtype)
     share = share / share.sum(dim=-1, keepdim=True).clamp(min=1)
-    return share @ probs.transpose(1, 2)
+    return share @ probs[..., : tokens.shape[-1]].transpose(1, 2)
 
 
 def token_shares(probs: torch.Tensor, sharpness: float = 100.0) -> torch.Tensor:

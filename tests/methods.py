@@ -24,6 +24,7 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "layout-guidance": [{"scale": 0.0}, {"iterations": 0}],
     "refocus": [{"scale": 0.0}, {"cross_weight": 0.0, "self_weight": 0.0}],
     "loco": [{"scale": 0.0}, {"iterations": 0}],
+    "eligen": [{"until": 0.0}],
     "attend-excite": [{"scale": 0.0}, {"iterations": 0}],
     "a-star": [{"scale": 0.0}, {"iterations": 0}, {"segregation_weight": 0.0, "retention_weight": 0.0}],
 }

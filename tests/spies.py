@@ -25,12 +25,15 @@ def attention_layers(pipe: Any, kind: str | None = None) -> dict[str, Attention]
 
 def snapshot(pipe: Any) -> dict[str, Any]:
     """Every object that a control block puts something in place of."""
-    modules = dict((pipe.transformer if hasattr(pipe, "transformer") else pipe.unet).named_modules())
+    parts = {n: getattr(pipe, n, None) for n in ("unet", "transformer", "transformer_2")}
+    modules = {f"{n}.{path}": m for n, part in parts.items() if part is not None for path, m in part.named_modules()}
+    checkpoint = "_gradient_checkpointing_func"
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
     found: dict[str, Any] = {f"{n}.processor": m.processor for n, m in modules.items() if hasattr(m, "processor")}
     found |= {f"{n}.{h}[{k}]": v for n, m in modules.items() for h in hooks for k, v in getattr(m, h).items()}
     found |= {f"{n}.forward": m.__dict__["forward"] for n, m in modules.items() if "forward" in m.__dict__}
     found |= {f"{n}.compiled": m._compiled_call_impl for n, m in modules.items() if m._compiled_call_impl is not None}
+    found |= {f"{n}.checkpoint": m.__dict__[checkpoint] for n, m in modules.items() if checkpoint in m.__dict__}
     found |= {f"pipe.{n}": v for n, v in pipe.__dict__.items() if callable(v)}
     found |= {f"scheduler.{n}": v for n, v in pipe.scheduler.__dict__.items() if callable(v)}
     return found

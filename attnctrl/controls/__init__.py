@@ -9,6 +9,7 @@ from attnctrl.control import Control
 from attnctrl.controls.fidelity.a_star import AStar
 from attnctrl.controls.fidelity.attend_excite import AttendExcite
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
+from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
 from attnctrl.controls.layout.loco import LoCo
 from attnctrl.controls.layout.refocus import Refocus
@@ -50,6 +51,7 @@ REGISTRY = {
         Method("layout-guidance", LayoutGuidance, "layout"),
         Method("refocus", Refocus, "layout"),
         Method("loco", LoCo, "layout"),
+        Method("eligen", EliGen, "layout"),
         Method("attend-excite", AttendExcite, "fidelity"),
         Method("a-star", AStar, "fidelity"),
     )
@@ -68,6 +70,7 @@ __all__ = [
     "AStar",
     "AttendExcite",
     "DenseDiffusion",
+    "EliGen",
     "LayoutGuidance",
     "LoCo",
     "Method",
