@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from attnctrl.processors.family import Family, Names, uncompiled
+from attnctrl.processors.family import Family, uncompiled
 from attnctrl.processors.joint import JointProcessor, blocks_of
 from attnctrl.processors.packing import blocks_of_pictures, own_grid, pictures_of_blocks
 from attnctrl.processors.work import Work
@@ -72,7 +72,7 @@ class FluxProcessor(JointProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        work: Work | None = self.owner.work(self.site)
+        work: Work | None = None if torch.compiler.is_compiling() else self.owner.work(self.site)
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if work is None:
             return self.stock(*given)
@@ -92,7 +92,6 @@ class FluxFamily(Family):
     describes = "FLUX.1 pipelines (FluxTransformer2DModel)"
     processor = FluxProcessor
     plain = (FluxAttnProcessor,)
-    names = Names(extras="joint_attention_kwargs")
     separate = True
     encodes = 2
 
