@@ -29,6 +29,9 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "a-star": [{"scale": 0.0}, {"iterations": 0}, {"segregation_weight": 0.0, "retention_weight": 0.0}],
 }
 
+CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",)]
+"""The methods that act on separate text keys, so on the UNets; the others have tests of their own."""
+
 
 def subject(method: Method) -> Any:
     """What the method is about: the regions, or the phrases of the regions."""

@@ -65,10 +65,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _comparison(args: argparse.Namespace, bench: ModuleType) -> Results:
-    specs = _specs(args, bench)
     images = args.images or (bench.QUICK_IMAGES if args.quick else bench.IMAGES)
     settings = _settings(args, steps=25, batch=min(args.batch, images))
     pipe = _load(args)
+    specs = _specs(args, bench, pipe)
     results = _results(args, settings, images=images, weights=fingerprint(pipe))
     if args.resume:
         results.resume()
@@ -120,10 +120,13 @@ def _results(args: argparse.Namespace, settings: Settings, **more: int | str) ->
     return Results(args.bench, args.model, {**settings.as_dict(), **more}, where, path=args.json)
 
 
-def _specs(args: argparse.Namespace, bench: ModuleType) -> list[Spec]:
+def _specs(args: argparse.Namespace, bench: ModuleType, pipe: Any) -> list[Spec]:
+    """The methods that were asked for; by default, of the bench's own, those that the pipeline has layers for."""
     if bench is dose:
         return parse_methods(dose.default_methods(args.methods or dose.METHOD, args.param, args.values))
-    return parse_methods(args.methods or bench.default_methods())
+    if args.methods:
+        return parse_methods(args.methods)
+    return [spec for spec in parse_methods(bench.default_methods()) if spec.fits(pipe)]
 
 
 def _load(args: argparse.Namespace) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from attnctrl.control import Control
+from attnctrl.control import Control, Where
 from attnctrl.controls.fidelity.a_star import AStar
 from attnctrl.controls.fidelity.attend_excite import AttendExcite
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
@@ -30,6 +30,11 @@ class Method:
     def params(self) -> dict[str, Field]:
         """The documented parameters, by name; their metadata holds help text, range and choices."""
         return {f.name: f for f in fields(self.control) if "help" in f.metadata}
+
+    @property
+    def where(self) -> Where:
+        """The sites that the method acts on by default."""
+        return next(f.default for f in fields(self.control) if f.name == "where")
 
     def make(self, *args: Any, **params: Any) -> Control:
         """The control. Raises ControlError for parameters that the method does not have."""

@@ -12,16 +12,14 @@ import attnctrl as ac
 from attnctrl.control import ATTENTION_POINTS
 from attnctrl.controls import REGISTRY, method
 from tests import tiny
-from tests.methods import busy, subject
+from tests.methods import CLASSIC, busy, subject
 from tests.probes import REGIONS, Nudge
 from tests.spies import COND, UNCOND, watch
 
 # A second method for each. RegionMask's strong boost leaves losses on word shares nothing to do, hence the others.
 PARTNER = dict.fromkeys(REGISTRY, "region-prompts") | {"region-prompts": "region-mask", "region-mask": "loco"}
-REGIONAL = [name for name, m in REGISTRY.items() if "regions" in m.control.__dataclass_fields__]
-ATTENTION = [
-    name for name, m in REGISTRY.items() if set(m.control.points(m.control(())) if m else ()) & set(ATTENTION_POINTS)
-]
+REGIONAL = [name for name in CLASSIC if "regions" in REGISTRY[name].control.__dataclass_fields__]
+ATTENTION = [name for name in CLASSIC if set(REGISTRY[name].make(()).points()) & set(ATTENTION_POINTS)]
 
 
 @cache
@@ -37,7 +35,7 @@ def pictures(*names: str, reverse: bool = False) -> Any:
     return drawn, run.report
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", CLASSIC)
 def test_it_acts(name: str) -> None:
     (drawn, report), (stock, _) = pictures(name), pictures()
     assert torch.isfinite(drawn).all()
@@ -46,7 +44,7 @@ def test_it_acts(name: str) -> None:
     assert {row.point for row in report.rows.values()} == set(busy(name).points())
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", CLASSIC)
 def test_it_acts_on_sdxl(name: str) -> None:
     pipe = tiny.sdxl()
     with ac.control(pipe, busy(name)):
@@ -55,7 +53,7 @@ def test_it_acts_on_sdxl(name: str) -> None:
     assert not torch.allclose(drawn, tiny.draw(pipe, steps=2), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", CLASSIC)
 def test_it_composes_with_another(name: str) -> None:
     other = PARTNER[name]
     (together, report), (alone, _), (partner, _) = pictures(name, other), pictures(name), pictures(other)
@@ -98,7 +96,7 @@ def test_an_attention_control_leaves_the_unconditional_half_alone(name: str) -> 
     assert torch.equal(seen.samples[0], stock.samples[0])
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY.keys() - set(ATTENTION)))
+@pytest.mark.parametrize("name", sorted(set(CLASSIC) - set(ATTENTION)))
 def test_a_loss_moves_both_halves_by_the_same(name: str) -> None:
     """Both branches of guidance must see the same latents."""
     pipe = tiny.sd()
@@ -107,7 +105,7 @@ def test_a_loss_moves_both_halves_by_the_same(name: str) -> None:
     assert not torch.allclose(seen.samples[0], stock.samples[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", CLASSIC)
 def test_its_window_is_kept(name: str) -> None:
     """Outside its window a method leaves the stock attention; only an edit of the prompt lasts for the whole run."""
     pipe = tiny.sd()
@@ -165,7 +163,7 @@ def test_unknown_methods_are_refused() -> None:
     assert method("loco") is REGISTRY["loco"]
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", CLASSIC)
 def test_a_nudge_beside_it_is_its_own_control(name: str) -> None:
     """A sampling-level control changes what comes after a step, not what the method does in it."""
     pipe = tiny.sd()

@@ -13,6 +13,7 @@ from attnctrl.controls.layout.eligen import entity_groups, hidden_groups
 from attnctrl.controls.layout.entities import Entities
 from attnctrl.kernels import TokenGroups
 from attnctrl.sites import Call, Site, TokenLayout
+from tests import tiny
 from tests.methods import sampling, step
 from tests.parts import Tiny
 from tests.probes import REGIONS, Output
@@ -129,10 +130,9 @@ def test_the_unconditional_branch_is_the_stock_one(family: Tiny) -> None:
 
 
 def test_models_with_text_keys_are_refused() -> None:
-    from tests import tiny
-
+    pipe = tiny.sd()
     with (
         pytest.raises(ac.ControlError, match=r"selects none of the \d+ attention sites"),
-        ac.control(tiny.sd(), ac.EliGen(REGIONS)),
+        ac.control(pipe, ac.EliGen(REGIONS)),
     ):
-        tiny.draw(tiny.sd(), steps=1)
+        tiny.draw(pipe, steps=1)

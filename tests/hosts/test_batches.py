@@ -10,6 +10,7 @@ import torch
 import attnctrl as ac
 from attnctrl.controls import REGISTRY
 from tests import tiny
+from tests.methods import CLASSIC
 from tests.probes import REGIONS, Token
 from tests.spies import watched
 
@@ -39,7 +40,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(n) for n in numbers]
 
 
-@pytest.mark.parametrize("method", REGISTRY)
+@pytest.mark.parametrize("method", CLASSIC)
 def test_a_batch_of_prompts_gives_the_single_pictures(method: str) -> None:
     pipe = tiny.sd()
     with ac.control(pipe, make(method, PER_PROMPT)):
@@ -64,7 +65,7 @@ def test_several_pictures_per_prompt(model: Any) -> None:
 
 
 @pytest.mark.parametrize("latents", [(8, 16), (16, 4), (15, 22)])
-@pytest.mark.parametrize("method", REGISTRY)
+@pytest.mark.parametrize("method", CLASSIC)
 def test_sizes_that_are_not_square_or_even(method: str, latents: tuple[int, int]) -> None:
     pipe = tiny.sd()
     pipe.vae_scale_factor = 8  # as of real autoencoders; the picture itself is not decoded here
@@ -79,7 +80,7 @@ def test_sizes_that_are_not_square_or_even(method: str, latents: tuple[int, int]
     assert run.maps["cat"].shape[1:] == ((latents[0] + 1) // 2, (latents[1] + 1) // 2)
 
 
-@pytest.mark.parametrize("method", REGISTRY)
+@pytest.mark.parametrize("method", CLASSIC)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, method: str) -> None:
     pipe = tiny.sd().to(dtype)
