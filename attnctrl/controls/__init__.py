@@ -34,7 +34,8 @@ class Method:
     @property
     def where(self) -> Where:
         """The sites that the method acts on by default."""
-        return next(f.default for f in fields(self.control) if f.name == "where")
+        default: Any = self.control.__dataclass_fields__["where"].default
+        return default
 
     def make(self, *args: Any, **params: Any) -> Control:
         """The control. Raises ControlError for parameters that the method does not have."""
