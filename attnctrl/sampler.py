@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnctrl.calls import Signature, ordinary, previous, with_previous
+from attnctrl.calls import Signature, previous, with_previous
 from attnctrl.change import Change
 from attnctrl.compiled import site_masks
 from attnctrl.control import ATTENTION_POINTS
-from attnctrl.descend import Reader, descend
+from attnctrl.descend import Reader
 from attnctrl.errors import ControlError
-from attnctrl.guidance import Prediction
 from attnctrl.processors.work import Branch, Work
 from attnctrl.recording import Recorder, wants_record
 from attnctrl.sampling import Active, Sampling
+from attnctrl.sampling_points import descend_losses, edit_noise, guided
 from attnctrl.schedule import Schedule
 from attnctrl.sites import MASKS, Grid, Site, Step
 
@@ -76,9 +76,9 @@ class Sampler:
             self.sampling.steps_seen.append(self.sampling.step)
             if not self.started:
                 self._start(sample, self.family.latent_grid(args, kwargs))
-                self._edit_noise(sample)
-            self._descend(args, kwargs, self._moved(sample), self.sampling.step)
-        changed = self._moved(sample)
+                edit_noise(self, sample)
+            descend_losses(self, args, kwargs, self.moved(sample), self.sampling.step)
+        changed = self.moved(sample)
         if changed is not sample:
             args, kwargs = self.family.with_sample(args, kwargs, changed)
         if self.family.compiled:
@@ -96,7 +96,7 @@ class Sampler:
     def after_denoiser(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: keeps the predictions for the guide point."""
         step = self.sampling.step
-        if self.inner or step is None or not self._active("guide", step):
+        if self.inner or step is None or not self.active_at("guide", step):
             return
         predicted = self.family.output(output)
         for branch in self.branches():
@@ -109,7 +109,7 @@ class Sampler:
         signature, step, grid = self.step_signature, self.sampling.step, self.sampling.latent_grid
         if self.predicted and step is not None:
             combined = signature.get(args, kwargs, "model_output")
-            args, kwargs = signature.put(args, kwargs, "model_output", self._guided(combined, step))
+            args, kwargs = signature.put(args, kwargs, "model_output", guided(self, combined, step))
         if self.change.delta is not None:
             sample, scale = signature.get(args, kwargs, "sample"), self.schedule.input_scale(step)
             moved = self.change.of_latents(sample, scale, lambda given: self.family.drawn(given, grid))
@@ -120,7 +120,7 @@ class Sampler:
         self.change.clear()
         self.predicted.clear()
         if step is not None:
-            for one in self._active("latents", step):
+            for one in self.active_at("latents", step):
                 before = previous(result)
                 with self.sampling.report.timed(one.index, one.control.name, "latents", step.index):
                     latents = one.control.latents(self.family.unpacked(before, grid), step, one.state)
@@ -129,34 +129,7 @@ class Sampler:
                 self.sampling.finished = True
         return result
 
-    def _guided(self, combined: torch.Tensor, step: Step) -> torch.Tensor:
-        """The prediction that the guide controls want in place of the pipeline's combination."""
-        grid = self.sampling.latent_grid
-
-        def seen(tensor: torch.Tensor) -> torch.Tensor:
-            return self.family.unpacked(self.family.prediction(tensor, grid), grid)
-
-        def again(context: torch.Tensor | None) -> torch.Tensor:
-            args, kwargs = self.conditional
-            if self.family.compiled and self.family.names.extras:
-                # The masks of the step travel in the keyword arguments that are sent again here.
-                kwargs = self.family.with_extra(kwargs, MASKS, {})
-            with self._inside(silent=True):
-                return seen(self.family.output(self._forward(args, kwargs, None, context)))
-
-        uncond = self.predicted.get("uncond")
-        prediction = Prediction(
-            seen(self.predicted["cond"]),
-            None if uncond is None else seen(uncond),
-            self.family.unpacked(combined, grid),
-            again,
-        )
-        for one in self._active("guide", step):
-            with self.sampling.report.timed(one.index, one.control.name, "guide", step.index):
-                prediction = prediction.after(one.control.guide(prediction, step, one.state))
-        return self.family.packed(prediction.combined, grid).to(combined.dtype)
-
-    def _moved(self, sample: torch.Tensor) -> torch.Tensor:
+    def moved(self, sample: torch.Tensor) -> torch.Tensor:
         """The denoiser's input with this step's change."""
         grid = self.sampling.latent_grid
         return self.change.of_input(sample, lambda given: self.family.latents(given, grid))
@@ -229,63 +202,10 @@ class Sampler:
         elif self.run.record and self.run.record is not True:
             raise ControlError("maps cannot be recorded under torch.compile: record them on the uncompiled pipeline.")
 
-    def _active(self, point: str, step: Step) -> list[Active]:
+    def active_at(self, point: str, step: Step) -> list[Active]:
         return [a for a in self.sampling.active if point in a.points and step.progress in a.control.window]
 
-    def _edit_noise(self, sample: torch.Tensor) -> None:
-        for one in [a for a in self.sampling.active if "noise" in a.points]:
-            step = self.sampling.step
-            assert step is not None
-            # The sampler's latents are noise times init_noise_sigma, the denoiser's input those times its scale.
-            factor = self.schedule.input_scale(step) * self.schedule.start_scale
-            rows, grid = self.conditional_rows(), self.sampling.latent_grid
-            start = self.family.latents(self._moved(sample)[rows], grid).float() / factor
-            start = self.family.unpacked(start, grid)
-            with self.sampling.report.timed(one.index, one.control.name, "noise", step.index):
-                wanted = one.control.noise(start, self.sampling, one.state)
-            # The difference before the factor: noise handed back unchanged must change nothing, rounding included.
-            self.change.add(self.family.packed((wanted - start) * factor, grid))
-
-    def _descend(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor, step: Step) -> None:
-        # The second evaluation of a second-order scheduler ignores the sample it is given.
-        if not getattr(self.scheduler, "state_in_first_order", True):
-            return
-        losses = []
-        for one in self._active("loss", step):
-            descent = one.control.descent(step)
-            if descent is not None and descent.scale != 0 and descent.iterations > 0:
-                sites = one.control.where.select(self.sampling.sites, self.sampling.latent_grid)
-                expert = self.family.denoisers.index(self.denoiser)
-                losses.append((one, descent, {s.name for s in sites if s.expert == expert}))
-        if not losses:
-            return
-        if self.family.compiled:
-            raise ControlError(f"{losses[0][0].control.name} needs gradients: use the pipeline without torch.compile.")
-
-        checkpointed = self.family.checkpointed
-        # A caller's inference mode left tensors that autograd must not save.
-        args, kwargs = ordinary((args, kwargs))
-        args, kwargs = self.family.picked(args, kwargs, self.rows, self.conditional_rows())
-        if checkpointed:
-            assert self.run.installation is not None
-            self.run.installation.carry_context()
-
-        def forward(leaf: torch.Tensor, reader: Reader) -> None:
-            self.reader = reader
-            self._forward(args, kwargs, leaf, None)
-
-        def latents(given: torch.Tensor) -> torch.Tensor:
-            return self.family.latents(given, self.sampling.latent_grid)
-
-        cond = sample[self.conditional_rows()]
-        try:
-            # Until the gradients are taken: checkpointing runs layers again in the backward pass.
-            with self._inside():
-                self.change.add(descend(self.sampling, losses, cond, latents, forward, stop=not checkpointed))
-        finally:
-            self.reader = None
-
-    def _forward(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor | None, context: Any) -> Any:
+    def forward(self, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor | None, context: Any) -> Any:
         """The denoiser once more, with arguments for the conditional rows alone."""
         if sample is not None:
             args, kwargs = self.family.with_sample(args, kwargs, sample)
@@ -294,7 +214,7 @@ class Sampler:
         return self.denoiser(*args, **kwargs)
 
     @contextmanager
-    def _inside(self, silent: bool = False) -> Iterator[None]:
+    def inside(self, silent: bool = False) -> Iterator[None]:
         """While the denoiser is called by us: hooks pass, and with `silent` no control acts."""
         self.inner, self.silent = True, silent
         try:
