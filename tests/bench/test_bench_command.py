@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from attnctrl.bench import add_arguments, main
+from attnctrl.bench import add_arguments, layout, main
 from attnctrl.bench.results import fingerprint
 from attnctrl.shapes import models
 from attnctrl.shapes.tokenizer import load_tokenizer
@@ -58,7 +58,7 @@ def test_layout_runs_every_method_and_keeps_the_rows(bench: Any, capsys: Any) ->
     assert status == 0
     assert methods[0] == "none"
     assert "loco" in methods
-    assert "loco+region-mask" in methods
+    assert layout.GUIDED_THEN_MASKED in methods
     assert {"present", "in_box", "iou"} <= set(found["rows"][0]["metrics"])
     assert set(found["rows"][0]["metrics"]["iou"]) == {"value", "low", "high"}
     assert found["rows"][0]["ratio_to_none"] == 1
@@ -69,7 +69,7 @@ def test_layout_runs_every_method_and_keeps_the_rows(bench: Any, capsys: Any) ->
     assert ideal["metrics"]["fitted_iou"]["value"] > 0.95
     assert ideal["seconds_per_image"] is None
     assert {"torch", "diffusers", "attnctrl", "device", "threads", "dtype"} == set(found["environment"])
-    assert "| loco+region-mask" in capsys.readouterr().out
+    assert f"| {layout.GUIDED_THEN_MASKED}" in capsys.readouterr().out
 
 
 def test_resume_keeps_finished_rows_and_draws_the_rest(bench: Any) -> None:
