@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from attnctrl import Region, shapes
-from attnctrl.controls import REGISTRY
 from attnctrl.models import load_pipeline
 from attnctrl.pictures import sheet, with_regions
 from attnctrl.pipelines import LayoutPipeline
@@ -43,7 +42,7 @@ def main() -> None:
 
     layout = LayoutPipeline(load_pipeline("shapes-sd"))
     layout.pipe.set_progress_bar_config(desc="drawing", leave=False)
-    methods = ["none", *(m.name for m in REGISTRY.values() if m.task == "layout")]
+    methods = ["none", *layout.methods]
     pictures, heat, found = [], [], {name: [0, 0] for name in methods}
     for background, seed, objects in SCENES:
         asked = [(shape, colour) for colour, shape, _ in objects]

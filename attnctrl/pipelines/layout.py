@@ -10,10 +10,11 @@ from typing import Any
 from PIL import Image
 
 from attnctrl.control import Control
-from attnctrl.controls import Method, method
+from attnctrl.controls import REGISTRY, Method, method
 from attnctrl.errors import ControlError
 from attnctrl.layout import Regions
 from attnctrl.models import load_pipeline
+from attnctrl.processors import family_of
 from attnctrl.run import Run, control
 
 
@@ -47,6 +48,12 @@ class LayoutPipeline:
     def from_pretrained(cls, model: str, **kwargs: Any) -> LayoutPipeline:
         """model: "shapes-sd", a folder or a hub id; device and dtype as in `attnctrl.models.load_pipeline`."""
         return cls(load_pipeline(model, **kwargs))
+
+    @property
+    def methods(self) -> list[str]:
+        """The registered layout methods that act on a kind of attention which the base pipeline has."""
+        kinds = {site.kind for site, _ in family_of(self.pipe).sites()}
+        return [m.name for m in REGISTRY.values() if m.task == "layout" and kinds & {*m.where.kinds}]
 
     def __call__(
         self,
