@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from attnctrl.control import Control
 from attnctrl.errors import ControlError
 from attnctrl.pictures import sheet, with_regions
 from attnctrl.pipelines import LayoutPipeline
+from attnctrl.pipelines.layout import make_controls
 from attnctrl.regions import Region
 
 
@@ -47,22 +50,23 @@ def main(args: argparse.Namespace) -> int:
             if path.exists():
                 raise FileExistsError(f"{path} exists: choose another --out or pass --force.")
     regions = parse_regions(args.region, args.mask)
-    overrides = dict(parse_setting(s) for s in args.set)
+    # Before the model is loaded, which may take long.
+    controls = make_controls(args.method.split("+"), regions, dict(parse_setting(s) for s in args.set))
     layout = LayoutPipeline.from_pretrained(args.model, device=args.device)
     guidance = args.guidance or (3.5 if args.model.startswith("shapes-") else 7.5)
     options: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": guidance}
     options |= {k: v for k, v in (("height", args.height), ("width", args.width)) if v}
 
-    def draw(method: str, **more: Any) -> Any:
+    def draw(controls: Sequence[Control]) -> Any:
         # Noise drawn on the CPU is the same on every device.
         seed = torch.Generator().manual_seed(args.seed)
-        return layout(args.prompt, regions, method.split("+"), generator=seed, **options, **more)
+        return layout(args.prompt, regions, controls, generator=seed, **options)
 
-    result = draw(args.method, **overrides)
+    result = draw(controls)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result.images[0].save(args.out)
     print(f"wrote {args.out}")
-    stock = draw("none")
+    stock = draw(())
     pictures = [("stock", stock.images[0]), (args.method, result.images[0])]
     sheet([(name, with_regions(p, regions)) for name, p in pictures], columns=2).save(compare)
     print(f"wrote {compare}\n{result.run.report}")
