@@ -96,7 +96,7 @@ class Refocus(Control):
     self_weight: float = param(1.0, "weight of the self-attention loss", 0, 10)
     enough: float = param(0.2, "a word needs no more once it has this share of a pixel in its box", 0, 1)
     window: Window = field(default=Window(0.0, 0.72), kw_only=True)
-    where: Where = field(default=Where(kinds=("cross", "self", "joint"), near=1 / 16), kw_only=True)
+    where: Where = field(default=Where(kinds=("cross", "self"), near=1 / 16), kw_only=True)
 
     @property
     def idle(self) -> bool:

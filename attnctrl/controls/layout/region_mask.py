@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnctrl.control import Control, Window, param
+from attnctrl.control import Control, Where, Window, param
 from attnctrl.layout import Layout, Regions, resolve
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call
@@ -45,6 +45,7 @@ class RegionMask(Control):
     weight: float = param(1.0, "how much of the attention from outside is removed: logit bias log(1 - weight)", 0, 1)
     boost: float = param(6.0, "logit bias inside the region", 0, 20)
     window: Window = field(default=Window(0.0, 0.8), kw_only=True)
+    where: Where = field(default=Where(kinds=("cross",)), kw_only=True)
 
     @property
     def idle(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnctrl.control import Control, Window, param
+from attnctrl.control import Control, Where, Window, param
 from attnctrl.errors import ControlError
 from attnctrl.layout import Layout, Regions, resolve
 from attnctrl.sampling import Sampling
@@ -88,6 +88,7 @@ class RegionPrompts(Control):
     feather: float = param(0.0, "softness of the region borders, as a fraction of the shorter side", 0, 0.5)
     confine: bool = param(True, "hide the regions' words of the main prompt from pixels outside every region")
     window: Window = field(default=Window(0.0, 0.3), kw_only=True)
+    where: Where = field(default=Where(kinds=("cross",)), kw_only=True)
 
     @property
     def idle(self) -> bool:
