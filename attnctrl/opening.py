@@ -47,7 +47,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         for name, parameter in inspect.signature(stock).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 continue
-            if "prompt" not in name:
+            if "prompt" not in name or name == "prompt_template":
                 given[name] = arguments[name]
             elif parameter.default is parameter.empty:
                 given[name] = None  # the second and third prompts, which follow the first

@@ -166,6 +166,7 @@ def _video(make: Any, frames: int, scale: int, **more: Any) -> Tiny:
         sites=2,
         condition=more.pop("condition", None),
         of_two={"image": [more["image"]] * 2} if "image" in more else {},
+        masks=more.pop("masks", False),
         more={"num_frames": frames, "max_sequence_length": TOKENS, **more},
     )
 
@@ -177,6 +178,7 @@ HUNYUAN = Tiny(
     size=(64, 96),
     grid=(3, 4, 6),
     sites=2,
+    masks=True,
     more={
         "num_frames": 9,
         "max_sequence_length": TOKENS,
@@ -191,6 +193,6 @@ VIDEOS = {
         lambda: cogvideox(image=True), 9, 16, image=PICTURE, condition=lambda sample: sample[:, :, 4:]
     ),
     "hunyuan": HUNYUAN,
-    "ltx": _video(ltx, 17, 32),
-    "mochi": _video(mochi, 13, 16),
+    "ltx": _video(ltx, 17, 32, masks=True),
+    "mochi": _video(mochi, 13, 16, masks=True),
 }

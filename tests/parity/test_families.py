@@ -153,7 +153,7 @@ def test_the_models_own_mask_is_kept(family: Tiny) -> None:
     pipe, masks = family.make(), []
     both = {"where": ALL, "branches": ("cond", "uncond")}
     with ac.control(pipe, Inputs(edit=lambda call: (masks.append(call.mask), call)[1], **both)):
-        draw(pipe, family, ["a cat", "a dog and a red bird and the cat"], **negatives(family, 2))
+        draw(pipe, family, ["a cat", "a dog and a red bird and the cat"], **negatives(family, 2), **family.of_two)
     assert any(mask is not None for mask in masks) == family.masks
     for mask in masks:
         assert mask is None or mask.shape[0] in (1, 2)

@@ -94,7 +94,7 @@ def test_words_are_embedded_where_they_are_found(family: Tiny) -> None:
     """Another word in the prompt changes the text most at the positions of the word that it replaces."""
     pipe, context = family.make(), Context(by=0.0)
     with ac.control(pipe, context) as run:
-        draw(pipe, family, steps=1)
+        draw(pipe, family, steps=2)  # Mochi's schedule needs two
         again, other = run.sampling.encode([tiny.PROMPT, tiny.PROMPT.replace("dog", "bird")]).positive
     close(again[None], context.got[0].positive)
     moved = (again - other).norm(dim=-1)

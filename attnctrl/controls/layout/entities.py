@@ -54,7 +54,13 @@ class Entities:
 
     @classmethod
     def begin(cls, sampling: Sampling, regions: Regions, where: Where) -> Entities:
-        """Raises ControlError for regions that are empty on the grid."""
+        """Raises ControlError for models without joint attention and for regions that are empty on the grid."""
+        if not where.select(sampling.sites, sampling.latent_grid):
+            kinds = ", ".join(sorted({site.kind for site in sampling.sites}))
+            raise ControlError(
+                f"entities need joint attention, where text and latents share one sequence; this model has {kinds}: "
+                "use RegionPrompts or RegionMask."
+            )
         return cls(resolve(sampling, regions, where, how="any", find=False), sampling.text_tokens)
 
     def mask(self, call: Call, rule: str, make: Callable[[Places], TokenGroups]) -> TokenGroups | None:
@@ -62,11 +68,6 @@ class Entities:
 
         rule: a name for what `make` does, under which the result is kept.
         """
-        if call.site.kind != "joint":
-            raise ControlError(
-                f"{call.site.name} has {call.site.kind}-attention; entities need joint attention, where text and "
-                "latents share one sequence: use RegionPrompts or RegionMask on this model."
-            )
         text, latent, total = call.queries.text, call.queries.latent, call.query.shape[2]
         key = (rule, text.start, text.stop, latent.start, latent.stop, total)
         if key not in self.masks:
