@@ -84,11 +84,6 @@ class Sampler:
         if self.family.compiled:
             assert self.sampling.step is not None
             masks = site_masks(self, self.sampling.step)
-            if masks and not names.extras:
-                raise ControlError(
-                    f"masks cannot reach a compiled {type(self.family.model).__name__}: use the pipeline without "
-                    "torch.compile."
-                )
             if masks:
                 kwargs = self.family.with_extra(kwargs, MASKS, masks)
         return args, kwargs
