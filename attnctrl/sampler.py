@@ -55,7 +55,7 @@ class Sampler:
         """Pre-hook: starts the sampling, runs the noise and loss points once per step, hands on the new latents."""
         if self.inner or self.idle:
             return None
-        if self.family.compiled and not self.family.compiles:
+        if self.family.compiled and not self.family.names.extras:
             raise ControlError(
                 f"{type(self.family.model).__name__} is compiled, and attnctrl controls it uncompiled only: use the "
                 "pipeline without torch.compile."

@@ -82,7 +82,7 @@ def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor
 
     def again(context: torch.Tensor | None) -> torch.Tensor:
         args, kwargs = sampler.conditional
-        if sampler.family.compiled and sampler.family.names.extras:
+        if sampler.family.compiled:
             # The masks of the step travel in the keyword arguments that are sent again here.
             kwargs = sampler.family.with_extra(kwargs, MASKS, {})
         with sampler.inside(silent=True):

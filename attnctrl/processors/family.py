@@ -26,8 +26,8 @@ class Names:
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
     extras: str = ""
-    """The keyword whose entries the model hands on to every processor, the way of masks into compiled models; empty
-    where there is none."""
+    """The keyword whose entries the model hands on to every processor: the way of masks into a compiled model. Empty
+    where our processors do not take it, and the model is controlled uncompiled only."""
 
 
 class Family:
@@ -35,8 +35,7 @@ class Family:
 
     processor: our stand-in. plain: the stock processors whose function it computes. separate: the unconditional
     prediction is a call of its own, after the conditional one, not the first half of the batch. encodes: how often
-    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own. compiles:
-    whether the processor can take its masks inside of torch.compile.
+    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own.
     """
 
     describes: ClassVar[str] = ""
@@ -45,7 +44,6 @@ class Family:
     names: ClassVar[Names] = Names()
     separate: ClassVar[bool] = False
     encodes: ClassVar[int] = 1
-    compiles: ClassVar[bool] = False
 
     def __init__(self, *denoisers: torch.nn.Module) -> None:
         """denoisers: the pipeline's, of one architecture; with several, each takes some of the steps."""

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from attnctrl.processors.family import Family, uncompiled
-from attnctrl.processors.joint import JointProcessor, blocks_of
+from attnctrl.processors.joint import JointProcessor, after_text, blocks_of
 from attnctrl.processors.packing import blocks_of_pictures, own_grid, pictures_of_blocks
 from attnctrl.processors.work import Work
 from attnctrl.prompt import Reader
@@ -64,6 +64,8 @@ class FluxLayer:
 class FluxProcessor(JointProcessor):
     """FluxAttnProcessor under control."""
 
+    layer = FluxLayer
+
     def __call__(
         self,
         attn: Any,
@@ -72,18 +74,11 @@ class FluxProcessor(JointProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        work: Work | None = None if torch.compiler.is_compiling() else self.owner.work(self.site)
-        given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if work is None:
-            return self.stock(*given)
-        output = self.stock(*given) if work.observed_only else None
-        layer = FluxLayer(*given)
-        count = work.latents[1] * work.latents[2]
-        layout = TokenLayout(slice(work.text, work.text + count), slice(0, work.text), work.latents)
-        if not work.observed_only:
-            return self.controlled(layer, work, layout)
-        self.observed(layer, work, layout)
-        return output
+        return self.answer(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    def layouts(self, layer: FluxLayer, work: Work) -> tuple[TokenLayout, TokenLayout]:
+        layout = after_text(work.text, work.latents)
+        return layout, layout
 
 
 class FluxFamily(Family):

@@ -13,9 +13,9 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 
 from attnctrl.errors import ControlError
-from attnctrl.processors.family import Family, Names, uncompiled
-from attnctrl.processors.flux import FluxLayer
-from attnctrl.processors.joint import JointProcessor, blocks_of
+from attnctrl.processors.family import Family, uncompiled
+from attnctrl.processors.flux import FluxProcessor
+from attnctrl.processors.joint import JointProcessor, after_text, blocks_of
 from attnctrl.processors.packing import own_grid
 from attnctrl.processors.work import Work
 from attnctrl.prompt import Reader
@@ -48,36 +48,10 @@ class ParallelLayer:
         return self.attn.to_out(torch.cat([states, self.attn.mlp_act_fn(self.mlp)], dim=-1))
 
 
-def layout_of(work: Work) -> TokenLayout:
-    """[text, latents, references]."""
-    count = work.latents[1] * work.latents[2]
-    return TokenLayout(slice(work.text, work.text + count), slice(0, work.text), work.latents)
-
-
-class Flux2Processor(JointProcessor):
-    """Flux2AttnProcessor under control."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        work: Work | None = self.owner.work(self.site)
-        given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if work is None:
-            return self.stock(*given)
-        if not work.observed_only:
-            return self.controlled(FluxLayer(*given), work, layout_of(work))
-        output = self.stock(*given)
-        self.observed(FluxLayer(*given), work, layout_of(work))
-        return output
-
-
 class ParallelProcessor(JointProcessor):
     """Flux2ParallelSelfAttnProcessor under control."""
+
+    layer = ParallelLayer
 
     def __call__(
         self,
@@ -86,15 +60,11 @@ class ParallelProcessor(JointProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> torch.Tensor:
-        work: Work | None = self.owner.work(self.site)
-        given = (attn, hidden_states, attention_mask, image_rotary_emb)
-        if work is None:
-            return self.stock(*given)
-        if not work.observed_only:
-            return self.controlled(ParallelLayer(*given), work, layout_of(work))
-        output = self.stock(*given)
-        self.observed(ParallelLayer(*given), work, layout_of(work))
-        return output
+        return self.answer(attn, hidden_states, attention_mask, image_rotary_emb)
+
+    def layouts(self, layer: ParallelLayer, work: Work) -> tuple[TokenLayout, TokenLayout]:
+        layout = after_text(work.text, work.latents)
+        return layout, layout
 
 
 class Flux2Family(Family):
@@ -102,7 +72,6 @@ class Flux2Family(Family):
 
     describes = "FLUX.2 pipelines (Flux2Transformer2DModel)"
     plain = (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
-    names = Names(extras="joint_attention_kwargs")
     separate = True
     encodes = 2
 
@@ -118,8 +87,9 @@ class Flux2Family(Family):
         return [(Site(name, "joint", "", order), module) for order, (name, module) in enumerate(found)]
 
     def stand_in(self, stock: Any, site: Site, owner: Any) -> Any:
+        # Double blocks have FLUX.1's signature, layer and layout.
         double = isinstance(stock, Flux2AttnProcessor)
-        return (Flux2Processor if double else ParallelProcessor)(stock, site, owner)
+        return (FluxProcessor if double else ParallelProcessor)(stock, site, owner)
 
     def timestep(self, value: Any) -> float:
         return 1000 * super().timestep(value)

@@ -73,38 +73,16 @@ class JointProcessor:
             return self.stock(*given)
         output = self.stock(*given) if work.observed_only else None
         layer = type(self).layer(*given)
-        queries, keys = self.layouts(layer, work)
-        if not work.observed_only:
-            return self.controlled(layer, work, queries, keys, **self.more(layer))
-        self.observed(layer, work, queries, keys)
-        return output
-
-    def controlled(
-        self, layer: JointLayer, work: Work, layout: TokenLayout, keys: TokenLayout | None = None, **more: Any
-    ) -> Any:
-        """The layer's output under the controls of `work`.
-
-        layout: of the queries, and of the keys where they have none of their own. more: further fields of the calls.
-        """
-        calls = [self._call(layer, work, branch, layout, keys or layout, more) for branch in work.branches]
-        outputs = [attend(call, work) for call in calls]
+        calls = {branch.name: self._call(layer, work, branch) for branch in work.branches}
+        if work.observed_only:
+            observe_only(calls["cond"], work)
+            return output
+        outputs = [attend(call, work) for call in calls.values()]
         return layer.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
-    def observed(self, layer: JointLayer, work: Work, layout: TokenLayout, keys: TokenLayout | None = None) -> None:
-        """Only hand the conditional rows to the observer."""
-        branch = next(b for b in work.branches if b.name == "cond")
-        observe_only(self._call(layer, work, branch, layout, keys or layout, {}), work)
-
-    def _call(
-        self,
-        layer: JointLayer,
-        work: Work,
-        branch: Branch,
-        queries: TokenLayout,
-        keys: TokenLayout,
-        more: dict[str, Any],
-    ) -> Call:
+    def _call(self, layer: JointLayer, work: Work, branch: Branch) -> Call:
         rows = branch.rows
+        queries, keys = self.layouts(layer, work)
         return Call(
             site=self.site,
             step=work.step,
@@ -116,7 +94,7 @@ class JointProcessor:
             queries=queries,
             keys=keys,
             mask=layer.mask if layer.mask is None or layer.mask.shape[0] == 1 else layer.mask[rows],
-            **more,
+            **self.more(layer),
         )
 
 

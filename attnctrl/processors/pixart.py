@@ -10,7 +10,7 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 
 from attnctrl.processors.classic import ClassicProcessor
-from attnctrl.processors.family import Family, Names, uncompiled
+from attnctrl.processors.family import Family, uncompiled
 from attnctrl.processors.masked import cleaned, masked_outputs, patch_grid, pictures_of
 from attnctrl.prompt import Reader
 from attnctrl.sites import Grid, Site
@@ -23,7 +23,6 @@ class PixArtFamily(Family):
     describes = "PixArt-alpha and PixArt-Sigma pipelines (PixArtTransformer2DModel)"
     processor = ClassicProcessor
     plain = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0)
-    names = Names(extras="cross_attention_kwargs")
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe.transformer)

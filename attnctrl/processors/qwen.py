@@ -8,8 +8,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0, apply_rotary_emb_qwen
 
-from attnctrl.processors.family import Family, Names, uncompiled
-from attnctrl.processors.joint import JointProcessor, blocks_of
+from attnctrl.processors.family import Family, uncompiled
+from attnctrl.processors.joint import JointProcessor, after_text, blocks_of
 from attnctrl.processors.masked import longer
 from attnctrl.processors.packing import blocks_of_pictures, pictures_of_blocks
 from attnctrl.processors.work import Work
@@ -22,11 +22,18 @@ class QwenLayer:
     """One call of a QwenImage attention module.
 
     hidden_states: (batch, latent tokens, channels). context: (batch, text tokens, channels). visible: (batch, text
-    tokens) bool, False for padding. rotary: the frequencies of latents and of text.
+    tokens) bool, False for padding. refused: the place of an attention mask, which the stock processor does not take.
+    rotary: the frequencies of latents and of text.
     """
 
     def __init__(
-        self, attn: Any, hidden_states: torch.Tensor, context: torch.Tensor, visible: torch.Tensor | None, rotary: Any
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        visible: torch.Tensor | None,
+        refused: None,
+        rotary: Any,
     ) -> None:
         self.attn, self.text = attn, context.shape[1]
         latent_rotary, text_rotary = (None, None) if rotary is None else rotary
@@ -67,6 +74,8 @@ class QwenLayer:
 class QwenProcessor(JointProcessor):
     """QwenDoubleStreamAttnProcessor2_0 under control."""
 
+    layer = QwenLayer
+
     def __call__(
         self,
         attn: Any,
@@ -76,21 +85,12 @@ class QwenProcessor(JointProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        work: Work | None = self.owner.work(self.site)
-        given = (attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask)
-        # The stock processor refuses an attention_mask, so that there is none where we run.
-        output = None
-        if work is None or work.observed_only:
-            output = self.stock(*given, attention_mask, image_rotary_emb)
-        if work is None:
-            return output
-        layer = QwenLayer(*given, image_rotary_emb)
-        count = work.latents[1] * work.latents[2]
-        layout = TokenLayout(slice(work.text, work.text + count), slice(0, work.text), work.latents)
-        if not work.observed_only:
-            return self.controlled(layer, work, layout)
-        self.observed(layer, work, layout)
-        return output
+        given = (attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask)
+        return self.answer(*given, image_rotary_emb)
+
+    def layouts(self, layer: QwenLayer, work: Work) -> tuple[TokenLayout, TokenLayout]:
+        layout = after_text(work.text, work.latents)
+        return layout, layout
 
 
 class QwenFamily(Family):
@@ -99,7 +99,6 @@ class QwenFamily(Family):
     describes = "QwenImage and QwenImage-Edit pipelines (QwenImageTransformer2DModel)"
     processor = QwenProcessor
     plain = (QwenDoubleStreamAttnProcessor2_0,)
-    names = Names(extras="attention_kwargs")
     separate = True
     encodes = 2
 

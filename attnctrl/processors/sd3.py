@@ -8,8 +8,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 
-from attnctrl.processors.family import Family, Names, uncompiled
-from attnctrl.processors.joint import JointProcessor
+from attnctrl.processors.family import Family, uncompiled
+from attnctrl.processors.joint import JointProcessor, before_text
 from attnctrl.processors.work import Branch, Work
 from attnctrl.prompt import Reader
 from attnctrl.sites import Grid, Site, TokenLayout
@@ -20,12 +20,14 @@ class SD3Layer:
     """One call of an SD3 attention module: projections and norms before, output projections after.
 
     hidden_states: (batch, latent tokens, channels). context: (batch, text tokens, channels), None in `attn2`.
+    ignored: a mask, which the stock processor takes and ignores.
     """
 
-    # The stock processor takes a mask and ignores it.
     mask: torch.Tensor | None = None
 
-    def __init__(self, attn: Any, hidden_states: torch.Tensor, context: torch.Tensor | None) -> None:
+    def __init__(
+        self, attn: Any, hidden_states: torch.Tensor, context: torch.Tensor | None, ignored: torch.Tensor | None
+    ) -> None:
         self.attn, self.joint, self.latents = attn, context is not None, hidden_states.shape[1]
         makers = ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None))
         parts = [self._heads(hidden_states, *maker) for maker in makers]
@@ -59,28 +61,20 @@ class SD3Layer:
 class SD3Processor(JointProcessor):
     """JointAttnProcessor2_0 under control."""
 
+    layer = SD3Layer
+
     def __call__(
         self,
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
     ) -> Any:
-        work: Work | None = self.owner.work(self.site)
-        if work is None:
-            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        layout = TokenLayout.of_latents(work.latents)
-        if encoder_hidden_states is not None:
-            count = layout.latent.stop
-            layout = TokenLayout(layout.latent, slice(count, count + work.text), work.latents)
-        layer = SD3Layer(attn, hidden_states, encoder_hidden_states)
-        if not work.observed_only:
-            return self.controlled(layer, work, layout)
-        output = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        self.observed(layer, work, layout)
-        return output
+        return self.answer(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    def layouts(self, layer: SD3Layer, work: Work) -> tuple[TokenLayout, TokenLayout]:
+        layout = before_text(work.text if layer.joint else 0, work.latents)
+        return layout, layout
 
 
 class SD3Family(Family):
@@ -89,7 +83,6 @@ class SD3Family(Family):
     describes = "Stable Diffusion 3 and 3.5 pipelines (SD3Transformer2DModel)"
     processor = SD3Processor
     plain = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
-    names = Names(extras="joint_attention_kwargs")
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe.transformer)

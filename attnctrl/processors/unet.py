@@ -34,7 +34,6 @@ class UNetFamily(Family):
     # These compute the same function of the layer's weights; others (IP-Adapter's, PAG's) do more than that.
     plain = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
     names = Names(latents="sample", extras="cross_attention_kwargs")
-    compiles = True
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe.unet)

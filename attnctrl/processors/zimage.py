@@ -22,11 +22,13 @@ from attnctrl.text import Text
 class ZImageLayer:
     """One call of a Z-Image attention module.
 
-    hidden_states: (batch, tokens, channels). mask: (batch, tokens) bool, or one for every query, or None. rotary:
-    (batch, tokens, head_dim / 2) complex.
+    hidden_states: (batch, tokens, channels), text and latents in one, so that there is no context. mask: (batch,
+    tokens) bool, or one for every query, or None. rotary: (batch, tokens, head_dim / 2) complex.
     """
 
-    def __init__(self, attn: Any, hidden_states: torch.Tensor, mask: torch.Tensor | None, rotary: Any) -> None:
+    def __init__(
+        self, attn: Any, hidden_states: torch.Tensor, context: None, mask: torch.Tensor | None, rotary: Any
+    ) -> None:
         self.attn = attn
         self.mask = mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
         query, key, value = (
@@ -57,6 +59,8 @@ def rotated(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 class ZImageProcessor(JointProcessor):
     """ZSingleStreamAttnProcessor under control."""
 
+    layer = ZImageLayer
+
     def __call__(
         self,
         attn: Any,
@@ -65,22 +69,15 @@ class ZImageProcessor(JointProcessor):
         attention_mask: torch.Tensor | None = None,
         freqs_cis: torch.Tensor | None = None,
     ) -> Any:
-        work: Work | None = self.owner.work(self.site)
-        output = None
-        if work is None or work.observed_only:
-            output = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
-        if work is None:
-            return output
-        layer = ZImageLayer(attn, hidden_states, attention_mask, freqs_cis)
+        return self.answer(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+
+    def layouts(self, layer: ZImageLayer, work: Work) -> tuple[TokenLayout, TokenLayout]:
         layout = TokenLayout.of_latents(work.latents)
         if self.site.kind == "joint":
             # The padding of the latents belongs to neither.
             first = padded(layout.latent.stop)
             layout = TokenLayout(layout.latent, slice(first, first + work.text), work.latents)
-        if not work.observed_only:
-            return self.controlled(layer, work, layout)
-        self.observed(layer, work, layout)
-        return output
+        return layout, layout
 
 
 def padded(tokens: int) -> int:
