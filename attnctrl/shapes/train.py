@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, choices=(1, 2, 4), help="processes sharing the work on a cpu; default: as it has cores"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="dit: train through torch.compile, a sixth faster")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in OUT")
 
 
@@ -217,7 +218,7 @@ def _train_dit(args: argparse.Namespace) -> None:
     """On the autoencoder and the text encoder that ship with `sd`."""
     out, resume, processes = args.out, args.resume, _processes(args)
     batch = args.batch or (256 if args.device != "cpu" else TransformerRecipe.batch)
-    recipe = TransformerRecipe(seed=args.seed, batch=batch)
+    recipe = TransformerRecipe(seed=args.seed, batch=batch, compiled=args.compile)
     if not (resume and (out / "latents.pt").exists()):
         count = args.scenes or DenoiserRecipe.scenes
         latents = scene_latents(weights_path("sd") / "vae", out, count, args.device, processes)

@@ -11,11 +11,14 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from attnctrl.processors.packing import blocks_of_pictures
+
 from . import models
 from .budget import Budget, Stage
 from .captions import training_caption
 from .crew import SOLO, Crew
 from .ema import Average
+from .muon import Muon
 from .tokenizer import encode_captions
 from .train_autoencoder import fast_bfloat16
 from .train_denoiser import world_scene
@@ -24,7 +27,11 @@ from .world import Scene, scene_rng
 
 @dataclass(frozen=True)
 class TransformerRecipe:
-    """Settings of `train_transformer`. flat: the share of the budget after which the rates fall linearly to 0."""
+    """Settings of `train_transformer`.
+
+    flat: the share of the budget after which the rates fall linearly to 0. compiled: run the blocks through
+    torch.compile, a sixth faster on a CPU, which needs a C++ compiler there.
+    """
 
     batch: int = 32
     lr: float = 1e-3
@@ -33,6 +40,7 @@ class TransformerRecipe:
     flat: float = 0.45
     ema: float = 0.998
     seed: int = 0
+    compiled: bool = False
 
 
 def flow_rate(progress: float, step: int, recipe: TransformerRecipe) -> float:
@@ -71,7 +79,7 @@ class Velocity(nn.Module):
         with torch.no_grad():
             text = self.text(input_ids=ids)
         output = self.transformer(
-            hidden_states=packed(noisy),
+            hidden_states=blocks_of_pictures(noisy),
             timestep=sigmas,
             encoder_hidden_states=text.last_hidden_state,
             pooled_projections=text.pooler_output,
@@ -82,18 +90,12 @@ class Velocity(nn.Module):
         return output[0]
 
 
-def packed(latents: Tensor) -> Tensor:
-    """Latents (n, 4, 16, 16) as FLUX takes them: (n, 64, 16), 2x2 patches as tokens."""
-    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
 def optimisers(transformer: nn.Module, recipe: TransformerRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else."""
     inside = {n: p for n, p in transformer.named_parameters() if "transformer_blocks." in n and p.ndim == 2}
     outside = [p for n, p in transformer.named_parameters() if n not in inside]
     return [
-        torch.optim.Muon(inside.values(), lr=recipe.matrix_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(inside.values(), lr=recipe.matrix_lr),
         torch.optim.AdamW(outside, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
     ]
 
@@ -128,6 +130,8 @@ def train_transformer(
     stage = Stage(out / "transformer.pt", budget, state, crew)
     if resume:
         stage.resume()
+    if recipe.compiled:
+        transformer.compile()
     model = crew.wrap(Velocity(transformer, text.to(device).eval()).to(device))
     scenes = [world_scene(i) for i in range(len(latents))]
     bar = stage.bar("transformer")
@@ -138,7 +142,7 @@ def train_transformer(
         mix = sigmas[:, None, None, None]
         with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
             predicted = model((1 - mix) * clean + mix * noise, sigmas, ids)
-        loss = (predicted.float() - packed(noise - clean)).square().mean()
+        loss = (predicted.float() - blocks_of_pictures(noise - clean)).square().mean()
         for optimiser, rate in zip(both, rates, strict=True):
             stage.set_rate(optimiser, rate * flow_rate(stage.progress, stage.step, recipe))
             optimiser.zero_grad(set_to_none=True)

@@ -4,16 +4,18 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
+from attnctrl.processors.packing import blocks_of_pictures
 from attnctrl.shapes import models
 from attnctrl.shapes.budget import Budget, Stage, learning_rate
 from attnctrl.shapes.crew import SOLO, Crew, run_crew
 from attnctrl.shapes.ema import Average
+from attnctrl.shapes.muon import Muon, orthogonalised
 from attnctrl.shapes.pretrained import assemble
 from attnctrl.shapes.train import add_arguments, budgets, main, text_encoder
 from attnctrl.shapes.train_autoencoder import AutoencoderRecipe, refine_decoder, train_autoencoder
 from attnctrl.shapes.train_denoiser import DenoiserRecipe, encode_world, train_denoiser
 from attnctrl.shapes.train_text import TextRecipe, train_text_encoder
-from attnctrl.shapes.train_transformer import TransformerRecipe, Velocity, packed, train_transformer
+from attnctrl.shapes.train_transformer import TransformerRecipe, Velocity, train_transformer
 
 IMAGES = AutoencoderRecipe(images=1, full_from=0.5)
 LATENTS = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
@@ -102,9 +104,31 @@ def test_an_untrained_transformer_is_the_identity_with_closed_gates():
     assert velocity.transformer.proj_out.weight.grad.any()
 
 
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_is_torchs_up_to_its_bfloat16(shape):
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    start = ours.detach().clone()
+    both = Muon([ours], lr=1e-2), torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimiser in both:
+            optimiser.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    matrix = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(matrix))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
 def test_packing_is_that_of_the_pipeline():
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(packed(latents), FluxPipeline._pack_latents(latents, 2, 4, 16, 16))
+    assert torch.equal(blocks_of_pictures(latents), FluxPipeline._pack_latents(latents, 2, 4, 16, 16))
 
 
 def test_encoding_whitens_and_folds(tmp_path):
