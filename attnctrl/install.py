@@ -38,8 +38,8 @@ class Installation:
         self.frozen: list[torch.nn.Parameter] = []
 
     def current(self) -> Run | None:
-        """The run of this thread that is in the middle of a sampling on this model."""
-        return latest(run for run in RUNS.get() if run.installation is self)
+        """The run of this thread that is in the middle of a sampling on this model; an idle one has no installation."""
+        return latest(run for run in RUNS.get() if run.family.denoisers == self.family.denoisers)
 
     def work(self, site: Site) -> Work | None:
         """What the processor of `site` has to do now; None for the stock attention."""

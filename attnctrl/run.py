@@ -16,6 +16,7 @@ from attnctrl.opening import open_sampling
 from attnctrl.processors import family_of
 from attnctrl.processors.family import Family
 from attnctrl.processors.work import Work
+from attnctrl.recording import wants_record
 from attnctrl.report import Report
 from attnctrl.sampler import Sampler
 from attnctrl.sampling import LossValue, Sampling
@@ -46,6 +47,8 @@ class Run:
         self.sampler: Sampler | None = None
         self._shadowed: list[tuple[Any, str, bool, Any]] = []
         self._called = False
+        # With nothing to do and nothing to record the model is left alone.
+        self.idle = all(c.idle for c in self.controls) and not wants_record(self.controls, record)
         check_together(self.controls)
 
     @property
@@ -70,9 +73,10 @@ class Run:
 
     # attach and restore -------------------------------------------------------------------------------------
     def attach(self) -> None:
-        descends = any("loss" in c.points() and not c.idle for c in self.controls)
-        self.installation = acquire(self.family, frozen=descends)
-        self._refuse_foreign()
+        if not self.idle:
+            descends = any("loss" in c.points() and not c.idle for c in self.controls)
+            self.installation = acquire(self.family, frozen=descends)
+            self._refuse_foreign()
         if hasattr(self.pipe, "check_inputs"):
             self._shadow(self.pipe, "check_inputs", self._check_inputs)
         self._shadow(self.pipe, "encode_prompt", self._encode_prompt)
@@ -155,7 +159,7 @@ class Run:
     def _step(self, scheduler: Any, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         # Two pipelines may share one scheduler object; the run that shadowed it last need not be the one sampling.
         run = latest(run for run in RUNS.get() if run.sampler is not None and run.sampler.scheduler is scheduler)
-        if run is None or run.sampler is None or run.sampler.idle:
+        if run is None or run.sampler is None or run.idle:
             return stock(*args, **kwargs)
         return run.sampler.scheduler_step(stock, args, kwargs)
 

@@ -15,7 +15,7 @@ from attnctrl.control import ATTENTION_POINTS
 from attnctrl.descend import Reader
 from attnctrl.errors import ControlError
 from attnctrl.processors.work import Branch, Work
-from attnctrl.recording import Recorder, wants_record
+from attnctrl.recording import Recorder
 from attnctrl.sampling import Active, Sampling
 from attnctrl.sampling_points import descend_losses, edit_noise, guided
 from attnctrl.schedule import Schedule
@@ -45,15 +45,13 @@ class Sampler:
         self.inner = False
         self.silent = False
         self.rows = self.text = 0
-        # With nothing to do and nothing to record the hooks and processors pass everything by.
-        self.idle = all(c.idle for c in run.controls) and not wants_record(run.controls, run.record)
 
     # the denoiser's call -------------------------------------------------------------------------------------
     def before_denoiser(
         self, denoiser: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook: starts the sampling, runs the noise and loss points once per step, hands on the new latents."""
-        if self.inner or self.idle:
+        if self.inner or self.run.idle:
             return None
         if self.family.compiled and not self.family.names.extras:
             raise ControlError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -9,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 import attnctrl as ac
 from tests import tiny
 from tests.probes import REGIONS, Nudge
-from tests.spies import Stop, assert_restored, snapshot, stop_at
+from tests.spies import Stop, assert_restored, attention_layers, snapshot, stop_at
 
 
 def test_nested_blocks_both_act() -> None:
@@ -65,6 +67,29 @@ def test_two_pipelines_on_one_unet(own_scheduler: bool) -> None:
     assert_restored(before_two, two)
     assert {row.control for row in outer.report.rows.values()} == {"LoCo"}
     assert {row.control for row in inner.samplings[0].report.rows.values()} == {"RegionMask"}
+
+
+def test_an_idle_block_leaves_the_model_alone() -> None:
+    """Nothing to do, nothing to record: no processor of ours, also in the middle of a controlled call."""
+    one, control = tiny.sd(), ac.RegionMask(REGIONS)
+    two = ac.share(one)
+    processors = {name: layer.processor for name, layer in attention_layers(one).items()}
+    with ac.control(one):
+        stock = tiny.draw(one)
+        assert {name: layer.processor for name, layer in attention_layers(one).items()} == processors
+    with ac.control(one, control):
+        expected = tiny.draw(one)
+    between = []
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            with ac.control(two, ac.RegionMask(())):
+                between.append(tiny.draw(two))
+        return given
+
+    with ac.control(one, control):
+        assert torch.equal(tiny.draw(one, callback_on_step_end=callback), expected)
+    assert torch.equal(between[0], stock)
 
 
 def test_control_objects_are_reusable() -> None:
