@@ -27,10 +27,7 @@ def load_pipeline(model: str, *, device: str | torch.device | None = None, dtype
     if model.startswith(SHIPPED):
         from attnctrl import shapes
 
-        try:
-            return shapes.load(model.removeprefix(SHIPPED), dtype=dtype, device=device)
-        except ValueError as error:
-            raise ControlError(f"{error}.") from None
+        return shapes.load(model.removeprefix(SHIPPED), dtype=dtype, device=device)
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(model, use_safetensors=True).to(device, dtype)

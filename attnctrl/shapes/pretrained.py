@@ -21,12 +21,12 @@ def weights_path(name: str = "sd") -> Path:
     """The folder of a shipped model, which `from_pretrained` takes like any other, or of a LoRA, "model+lora".
 
     Raises:
-        ValueError: there is no shapes model of this name; the message lists those there are.
+        ControlError: there is no shapes model of this name; the message lists those there are.
     """
     folders = {p.parent.name: p.parent for p in sorted(_WEIGHTS.glob("*/model_index.json"))}
     folders |= {f"{p.parent.parent.name}+{p.parent.name}": p.parent for p in sorted(_WEIGHTS.glob(f"*/*/{LORA}"))}
     if name not in folders:
-        raise ValueError(f"unknown shapes model {name!r}; known: {', '.join(folders) or 'none'}")
+        raise ControlError(f"unknown shapes model {name!r}; known: {', '.join(folders) or 'none'}.")
     return folders[name]
 
 
@@ -44,7 +44,7 @@ def load(name: str = "sd", dtype: torch.dtype = torch.float32, device: str | tor
         device: where to put them.
 
     Raises:
-        ValueError: the name is unknown, or a LoRA is asked for and peft is not installed.
+        ControlError: the name is unknown, or a LoRA is asked for and peft is not installed.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, StableDiffusionPipeline
 

@@ -78,14 +78,16 @@ def budgets(name: str, minutes: list[float], steps: list[int] | None) -> dict[st
     """One budget for each stage of the model `name`.
 
     Raises:
-        ValueError: steps does not give one number per stage, or minutes neither that nor one number.
+        ControlError: steps does not give one number per stage, or minutes neither that nor one number.
     """
     shares = SHARES[name]
     if steps is None and len(minutes) == 1:
         minutes = [minutes[0] * share for share in shares.values()]
     given = minutes if steps is None else steps
     if len(given) != len(shares):
-        raise ValueError(f"{name} has {len(shares)} stages ({', '.join(shares)}), but {len(given)} numbers were given")
+        raise ControlError(
+            f"{name} has {len(shares)} stages ({', '.join(shares)}), but {len(given)} numbers were given."
+        )
     if steps is not None:
         return {stage: Budget(steps=n) for stage, n in zip(shares, steps, strict=True)}
     return {stage: Budget(minutes=m) for stage, m in zip(shares, minutes, strict=True)}

@@ -134,9 +134,9 @@ def test_arguments_of_the_call_belong_to_the_settings(bench: Any, capsys: Any) -
     line = "layout --images 2 --objects 2 --methods none"
     _, plain = bench(line)
     assert "call" not in plain["settings"]
-    status, called = bench(line, "--call", "guidance_scale=1.0", "clip_skip=1")
+    status, called = bench(line, "--call", "guidance_scale=1.0", "guidance_rescale=0.5")
     assert status == 0
-    assert called["settings"]["call"] == {"guidance_scale": 1.0, "clip_skip": 1}
+    assert called["settings"]["call"] == {"guidance_scale": 1.0, "guidance_rescale": 0.5}
     assert bench(line, "--resume")[0] == 2
     assert bench(line, "--call", "speed=1")[0] == 2
     assert 'a call of StableDiffusionPipeline has no "speed"' in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_a_flux_class_model_runs_with_its_own_methods(
     monkeypatch.setattr(pretrained, "_WEIGHTS", dit.write(tmp_path / "weights"))
     status, found = bench("layout --images 2 --objects 2", "--model", name)
     assert status == 0
-    assert [row["method"] for row in found["rows"]] == ["none", "eligen", "ideal"]
+    assert [row["method"] for row in found["rows"]] == ["none", "layout-guidance", "eligen", "ideal"]
     assert found["model"] == name
     status, found = bench("layout --images 2 --objects 2 --methods none,eligen{entity_tokens=8}", "--model", name)
     assert status == 0

@@ -187,7 +187,7 @@ def test_a_lora_loads_with_its_model(tmp_path, monkeypatch) -> None:
     assert not torch.allclose(sample(adapted), sample(plain), atol=1e-3)
     adapted.disable_lora()
     assert torch.equal(sample(adapted), sample(plain))
-    with pytest.raises(ValueError, match=r"unknown shapes model 'sd\+entities'; known: dit, sd, dit\+entities"):
+    with pytest.raises(ac.ControlError, match=r"unknown shapes model 'sd\+entities'; known: dit, sd, dit\+entities"):
         pretrained.load("sd+entities")
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ac.ControlError, match=r"needs peft: pip install 'attnctrl\[lora\]'"):

@@ -121,6 +121,9 @@ def test_the_whole_command_for_the_entities(tmp_path, monkeypatch):
     assert all(p.any() for p in learned)
     with pytest.raises(ControlError, match="holds no transformer: give the folder of a dit pipeline"):
         main(parser.parse_args([*line.split(), str(tmp_path)]))
+    monkeypatch.setattr(pretrained, "_WEIGHTS", tmp_path / "nothing")
+    with pytest.raises(ControlError, match="unknown shapes model 'dit'; known: none"):
+        main(parser.parse_args(line.split()[:-1]))
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ControlError, match="train-shapes entities needs peft"):
         main(parser.parse_args([*line.split(), str(weights / "dit")]))
