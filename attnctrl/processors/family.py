@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,22 @@ class Family:
     def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
         """Blocks that are compiled one by one, with what hands each its own masks."""
         return []
+
+    # the pipeline's call ----------------------------------------------------------------------------------------
+    def guidance(self, pipe: Any, prompt: str | list[str], scale: float) -> dict[str, Any]:
+        """The arguments for guidance of `scale`, where 1 is none: classifier-free, or what the model was distilled to.
+
+        Where pipelines have both, `guidance_scale` is only read by models that are given it as an input.
+        """
+        both = "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters
+        if not both or self.model.config.get("guidance_embeds"):
+            return {"guidance_scale": scale}
+        negative = "" if isinstance(prompt, str) else [""] * len(prompt)
+        return {"true_cfg_scale": scale, **({"negative_prompt": negative} if scale > 1 else {})}
+
+    def required(self, pipe: Any) -> dict[str, Any]:
+        """Arguments without which the pipeline's call fails on this model."""
+        return {}
 
     # one call of the denoiser -----------------------------------------------------------------------------------
     @cached_property

@@ -120,6 +120,11 @@ class FluxFamily(Family):
     def prediction(self, output: torch.Tensor, grid: Grid) -> torch.Tensor:
         return output[:, : grid[1] * grid[2]]
 
+    def required(self, pipe: Any) -> dict[str, Any]:
+        """By default the pipeline asks for 512 tokens: T5 takes any number, encoders with a table of positions not."""
+        limit = getattr(getattr(pipe.text_encoder_2, "config", None), "max_position_embeddings", None)
+        return {} if limit is None else {"max_sequence_length": limit}
+
     def text(self, outputs: tuple) -> Text:
         """The result of `encode_prompt`: (T5 embeddings, pooled CLIP embedding, text ids)."""
         return Text(outputs[0], pooled=outputs[1])

@@ -14,25 +14,25 @@ from attnctrl.errors import ControlError
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.layout import Layout, Regions, per_prompt, resolve
 from attnctrl.sampling import Sampling
-from attnctrl.sites import Call
+from attnctrl.sites import Call, TokenLayout
 from attnctrl.text import Text
 
 
 def with_entities(text: Text, sampling: Sampling, regions: Regions, kept: int) -> Text:
-    """The encoded prompt followed by a block of `kept` tokens for each region, encoded alone.
+    """The encoded prompt followed by a block for each region, encoded alone: `kept` tokens, or all where all are fewer.
 
     Behind the prompt rather than before it, so that the prompt's tokens keep their places. Prompts with fewer regions
     get blocks of zeros, and so does a negative prompt that shares the batch: the mask hides them.
     """
     lists = per_prompt(regions, sampling.prompt_count)
     most = max(len(rs) for rs in lists)
-    width = text.positive.shape[-1]
-    blocks = text.positive.new_zeros(len(lists), most * kept, width)
-    for row, rs in enumerate(lists):
-        if rs:
-            encoded = sampling.encode([r.text for r in rs]).positive[:, :kept]
-            encoded = F.pad(encoded, (0, 0, 0, kept - encoded.shape[1]))
-            blocks[row, : len(rs) * kept] = encoded.flatten(0, 1).to(blocks)
+    encoded = [sampling.encode([r.text for r in rs]).positive[:, :kept] if rs else None for rs in lists]
+    kept = max(block.shape[1] for block in encoded if block is not None)
+    blocks = text.positive.new_zeros(len(lists), most * kept, text.positive.shape[-1])
+    for row, block in enumerate(encoded):
+        if block is not None:
+            block = F.pad(block, (0, 0, 0, kept - block.shape[1]))
+            blocks[row, : len(block) * kept] = block.flatten(0, 1).to(blocks)
     blocks = blocks.repeat_interleave(sampling.images_per_prompt, dim=0)
     changed = text.change(positive=torch.cat([text.positive, blocks], dim=1))
     if text.negative is not None:
@@ -71,9 +71,8 @@ class Entities:
         text, latent, total = call.queries.text, call.queries.latent, call.query.shape[2]
         key = (rule, text.start, text.stop, latent.start, latent.stop, total)
         if key not in self.masks:
-            count = text.stop - text.start - self.prompt
-            places = Places(self, text, latent, total, call)
-            self.masks[key] = make(places) if count else None
+            entities = text.stop - text.start - self.prompt
+            self.masks[key] = make(Places(self.layout, self.prompt, call.queries, total)) if entities else None
         return self.masks[key]
 
 
@@ -84,18 +83,19 @@ class Places:
     tokens), the text block of each region. inside: (batch, regions, tokens), the latents of each region.
     """
 
-    def __init__(self, entities: Entities, text: slice, latent: slice, total: int, call: Call) -> None:
-        layout, device = entities.layout, call.query.device
+    def __init__(self, layout: Layout, prompt: int, tokens: TokenLayout, total: int) -> None:
+        """prompt: how many text tokens are the prompt's own. tokens: of a sequence of `total` that holds latents."""
+        text, latent, device = tokens.text, tokens.latent, layout.device
         batch, regions = layout.valid.shape
-        kept = (text.stop - text.start - entities.prompt) // regions
+        kept = (text.stop - text.start - prompt) // regions
         self.prompt = torch.zeros(batch, total, dtype=torch.bool, device=device)
-        self.prompt[:, text.start : text.start + entities.prompt] = True
+        self.prompt[:, text.start : text.start + prompt] = True
         self.entities = torch.zeros(batch, regions, total, dtype=torch.bool, device=device)
         for r in range(regions):
-            start = text.start + entities.prompt + r * kept
+            start = text.start + prompt + r * kept
             self.entities[:, r, start : start + kept] = layout.valid[:, r, None]
         self.inside = torch.zeros(batch, regions, total, dtype=torch.bool, device=device)
-        assert call.queries.grid is not None
-        self.inside[:, :, latent] = layout.mask(call.queries.grid, "any") > 0
+        assert tokens.grid is not None
+        self.inside[:, :, latent] = layout.mask(tokens.grid, "any") > 0
         self.latents = torch.ones(batch, total, dtype=torch.bool, device=device)
         self.latents[:, text] = False
