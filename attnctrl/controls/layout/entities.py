@@ -63,17 +63,13 @@ class Entities:
             )
         return cls(resolve(sampling, regions, where, how="any", find=False), sampling.text_tokens)
 
-    def mask(self, call: Call, rule: str, make: Callable[[Places], TokenGroups]) -> TokenGroups | None:
-        """The groups that `make` builds for calls of this shape; None where the text holds no blocks.
-
-        rule: a name for what `make` does, under which the result is kept.
-        """
-        text, latent, total = call.queries.text, call.queries.latent, call.query.shape[2]
-        key = (rule, text.start, text.stop, latent.start, latent.stop, total)
+    def mask(self, call: Call, make: Callable[[Places], TokenGroups]) -> TokenGroups | None:
+        """The groups that `make` builds for calls of this shape, made once; None where the text holds no blocks."""
+        text, latent = call.queries.text, call.queries.latent
+        key = (make, text.start, text.stop, latent.start, latent.stop, call.query.shape[2])
         if key not in self.masks:
-            count = text.stop - text.start - self.prompt
-            places = Places(self, text, latent, total, call)
-            self.masks[key] = make(places) if count else None
+            blocks = text.stop - text.start > self.prompt
+            self.masks[key] = make(Places(self, call)) if blocks else None
         return self.masks[key]
 
 
@@ -84,8 +80,9 @@ class Places:
     tokens), the text block of each region. inside: (batch, regions, tokens), the latents of each region.
     """
 
-    def __init__(self, entities: Entities, text: slice, latent: slice, total: int, call: Call) -> None:
-        layout, device = entities.layout, call.query.device
+    def __init__(self, entities: Entities, call: Call) -> None:
+        layout, device, total = entities.layout, call.query.device, call.query.shape[2]
+        text, latent = call.queries.text, call.queries.latent
         batch, regions = layout.valid.shape
         kept = (text.stop - text.start - entities.prompt) // regions
         self.prompt = torch.zeros(batch, total, dtype=torch.bool, device=device)
