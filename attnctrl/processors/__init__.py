@@ -53,4 +53,9 @@ def family_of(pipe: Any) -> Family:
     )
 
 
-__all__ = ["FAMILIES", "family_of"]
+def attention_kinds(pipe: Any) -> set[str]:
+    """The kinds of attention layers that can be controlled: any of "self", "cross", "joint". Raises as `family_of`."""
+    return {site.kind for site, _ in family_of(pipe).sites()}
+
+
+__all__ = ["FAMILIES", "attention_kinds", "family_of"]
