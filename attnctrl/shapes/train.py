@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from attnctrl.errors import ControlError
+
 from . import models
 from .budget import Budget
 from .crew import SOLO, Crew, run_crew
@@ -63,7 +65,8 @@ def budgets(name: str, minutes: list[float], steps: list[int] | None) -> dict[st
     """One budget for each stage of the model `name`.
 
     Raises:
-        ValueError: steps does not give one number per stage, or minutes neither that nor one number.
+        ValueError: steps does not give one number per stage, or minutes neither that nor one number; or a number below
+            1 (steps) or 0 (minutes).
     """
     shares = SHARES[name]
     if steps is None and len(minutes) == 1:
@@ -71,6 +74,9 @@ def budgets(name: str, minutes: list[float], steps: list[int] | None) -> dict[st
     given = minutes if steps is None else steps
     if len(given) != len(shares):
         raise ValueError(f"{name} has {len(shares)} stages ({', '.join(shares)}), but {len(given)} numbers were given")
+    unit, least = ("minutes", 0) if steps is None else ("steps", 1)
+    if min(given) < least:
+        raise ValueError(f"{min(given):g} {unit} were given: give {least} or more")
     if steps is not None:
         return {stage: Budget(steps=n) for stage, n in zip(shares, steps, strict=True)}
     return {stage: Budget(minutes=m) for stage, m in zip(shares, minutes, strict=True)}
@@ -171,12 +177,16 @@ def load_vae(checkpoint: Path) -> AutoencoderTiny:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run every stage that is not finished yet; 0 on success."""
+    """Run every stage that is not finished yet; 0 on success. Raises ControlError for bad numbers."""
+    try:
+        budget = budgets(args.name, args.minutes, args.steps)
+    except ValueError as error:
+        raise ControlError(f"{error}.") from None
     # Denormal numbers slow a CPU down; the setting belongs to the whole process, so it is put back.
     torch.set_flush_denormal(True)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        {"sd": _train_sd, "dit": _train_dit}[args.name](args)
+        {"sd": _train_sd, "dit": _train_dit}[args.name](args, budget)
         return 0
     finally:
         torch.set_flush_denormal(False)
@@ -195,9 +205,8 @@ def _run(processes: int, out: Path, stage: Callable[..., None], *work: Any) -> N
         stage(SOLO, *work)
 
 
-def _train_sd(args: argparse.Namespace) -> None:
+def _train_sd(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     out, device, resume, processes = args.out, args.device, args.resume, _processes(args)
-    budget = budgets("sd", args.minutes, args.steps)
     cuda = device != "cpu"
     images = AutoencoderRecipe(seed=args.seed, images=16 if cuda else 4)
     batch = args.batch or (128 if cuda else 16)
@@ -214,7 +223,7 @@ def _train_sd(args: argparse.Namespace) -> None:
     export(out, out / "pipeline")
 
 
-def _train_dit(args: argparse.Namespace) -> None:
+def _train_dit(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     """On the autoencoder and the text encoder that ship with `sd`."""
     out, resume, processes = args.out, args.resume, _processes(args)
     batch = args.batch or (256 if args.device != "cpu" else TransformerRecipe.batch)
@@ -223,8 +232,7 @@ def _train_dit(args: argparse.Namespace) -> None:
         count = args.scenes or DenoiserRecipe.scenes
         latents = scene_latents(weights_path("sd") / "vae", out, count, args.device, processes)
         torch.save({"latents": latents.half()}, out / "latents.pt")
-    budget = budgets("dit", args.minutes, args.steps)["transformer"]
-    _run(processes, out, _transformer_stage, out, budget, recipe, args.device, resume)
+    _run(processes, out, _transformer_stage, out, budget["transformer"], recipe, args.device, resume)
     export_transformer(out, out / "pipeline")
 
 
