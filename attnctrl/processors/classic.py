@@ -66,11 +66,14 @@ class Layer:
 
 
 def prepared_mask(attn: Attention, mask: torch.Tensor | None, batch: int, key_count: int) -> torch.Tensor | None:
-    """The model's own mask as (batch, heads, 1 or queries, keys)."""
+    """The model's own mask as (batch, heads or 1, 1 or queries, keys)."""
     if mask is None:
         return None
+    # A mask for each picture is repeated for every head, and stays one for all of them here.
+    shared = mask.shape[0] < batch * attn.heads
     prepared = attn.prepare_attention_mask(mask, key_count, batch)
-    return prepared.view(batch, attn.heads, -1, prepared.shape[-1])
+    prepared = prepared.view(batch, attn.heads, -1, prepared.shape[-1])
+    return prepared[:, :1] if shared else prepared
 
 
 def masked_layer(
