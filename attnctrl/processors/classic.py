@@ -7,6 +7,7 @@ from typing import Any, ClassVar, overload
 import torch
 from diffusers.models.attention_processor import Attention
 
+from attnctrl.compiled import own_mask
 from attnctrl.kernels import attention, combine_masks
 from attnctrl.processors.attend import attend, observe_only
 from attnctrl.processors.work import Branch, Work
@@ -138,12 +139,7 @@ class ClassicProcessor:
         more = () if temb is None else (temb, *args)
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, *more)
         if torch.compiler.is_compiling():
-            mask = None
-            if attnctrl_block_masks is not None:
-                # A block compiled on its own shares its graph with its like: the site's name would be a constant of it.
-                mask = attnctrl_block_masks.get(self.site.kind)
-            elif attnctrl_masks is not None:
-                mask = attnctrl_masks.get(self.site.name)
+            mask = own_mask(self.site, attnctrl_masks, attnctrl_block_masks)
             if mask is None:
                 return self.stock(*given, **kwargs)
             return masked_layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb, mask)
