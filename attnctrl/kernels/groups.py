@@ -95,8 +95,8 @@ class TokenGroups:
         """The mask without the keys that a model's own padding mask hides.
 
         padding: (batch or 1, 1, 1, keys), bool (True = visible) or additive, hiding at HIDDEN or below. A model hands
-        the same tensor to every layer of a step, so the last result is kept for as long as the padding is the same
-        memory, not written to since; with it a view of the padding, lest its memory be used again.
+        the same tensor to every layer of a step, so the last result serves for as long as the padding is the same
+        memory, not written to since. The last padding is kept with it, lest its memory be used again.
 
         Raises:
             ValueError: an additive padding that does more than hide. To see that, a new one is read, and waited for.
