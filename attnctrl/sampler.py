@@ -22,6 +22,7 @@ from attnctrl.schedule import Schedule
 from attnctrl.sites import MASKS, Grid, Site, Step
 
 if TYPE_CHECKING:
+    from attnctrl.kernels import TokenGroups
     from attnctrl.run import Run
 
 
@@ -42,6 +43,7 @@ class Sampler:
         self.conditional: tuple[tuple, dict[str, Any]] = ((), {})
         self.recorder: Recorder | None = None
         self.reader: Reader | None = None
+        self.numbered: list[TokenGroups] = []
         self.inner = False
         self.silent = False
         self.rows = self.text = 0
@@ -81,7 +83,7 @@ class Sampler:
             args, kwargs = self.family.with_sample(args, kwargs, changed)
         if self.family.compiled:
             assert self.sampling.step is not None
-            masks = site_masks(self, self.sampling.step)
+            masks = site_masks(self, self.sampling.step, sample)
             if masks:
                 kwargs = self.family.with_extra(kwargs, MASKS, masks)
         return args, kwargs

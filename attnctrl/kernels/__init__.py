@@ -1,7 +1,7 @@
 """Attention kernels; they know nothing of controls."""
 
 from attnctrl.kernels.columns import column_probabilities, mean_columns
-from attnctrl.kernels.dispatch import attention_with_lse, group_attention
+from attnctrl.kernels.dispatch import attention_with_lse, group_attention, one_call_does
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.reference import attention, combine_masks, logits, probabilities
 
@@ -13,6 +13,7 @@ __all__ = [
     "TokenGroups",
     "group_attention",
     "attention_with_lse",
+    "one_call_does",
     "column_probabilities",
     "mean_columns",
 ]

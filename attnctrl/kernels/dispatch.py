@@ -112,6 +112,17 @@ def attention_with_lse(
     return _automatic(query, key, value, mask, scale, True)  # type: ignore[return-value]
 
 
+def one_call_does(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: TokenGroups | torch.Tensor | None
+) -> bool:
+    """Whether the output of `attention_with_lse` is what the attention without the log-sum-exp would give.
+
+    It is where one kernel makes both. Where gradients are taken it may differ in rounding, and nobody compares bits.
+    """
+    alone = isinstance(mask, TokenGroups) and not _merges(query, key, value, mask)
+    return alone or _wants_gradient(query, key, value)
+
+
 def triton_runs(query: torch.Tensor) -> bool:
     """Whether the Triton form would be chosen for these queries."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
@@ -132,12 +143,17 @@ def _automatic(
         from attnctrl.kernels import groups_autograd
 
         output, lse = groups_autograd.group_attention(query, key, value, groups, scale)
-    elif query.device.type == "cpu" and not return_lse and not _wants_gradient(query, key, value) and _few(groups):
-        # Not for gradients: they would keep each kind's copy of the keys that it sees.
+    elif not return_lse and _merges(query, key, value, groups):
         return groups_merge.group_attention(query, key, value, groups, scale)[0]
     else:
         output, lse = chunked.attention(query, key, value, groups, scale)
     return (output, lse) if return_lse else output
+
+
+def _merges(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: TokenGroups) -> bool:
+    """Whether the output alone is made by the form "merge"."""
+    # Not for gradients: they would keep each kind's copy of the keys that it sees.
+    return query.device.type == "cpu" and not _wants_gradient(query, key, value) and _few(groups)
 
 
 def _wants_gradient(*tensors: torch.Tensor) -> bool:
@@ -155,7 +171,7 @@ def _from_hidden_keys(mask: torch.Tensor, queries: int) -> TokenGroups | None:
     """The groups of a bool mask that is the same for all heads and queries, as of text padding; else None."""
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         return None
-    return TokenGroups.everything(queries, mask.shape[3], mask.device).hide_keys(~mask[:, 0, 0])
+    return _everything(queries, mask.shape[3], mask.device).padded(mask)
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ from attnctrl.controls import REGISTRY, Method, method
 from attnctrl.errors import ControlError
 from attnctrl.layout import Regions
 from attnctrl.models import call_arguments, load_pipeline
-from attnctrl.processors import family_of
+from attnctrl.processors import attention_kinds
 from attnctrl.run import Run, control
 
 
@@ -52,7 +52,7 @@ class LayoutPipeline:
     @property
     def methods(self) -> list[str]:
         """The registered layout methods that act on a kind of attention which the base pipeline has."""
-        kinds = {site.kind for site, _ in family_of(self.pipe).sites()}
+        kinds = attention_kinds(self.pipe)
         return [m.name for m in REGISTRY.values() if m.task == "layout" and kinds & {*m.where.kinds}]
 
     def __call__(

@@ -16,6 +16,7 @@ from attnctrl.kernels import (
     group_attention,
     logits,
     mean_columns,
+    one_call_does,
     probabilities,
 )
 from attnctrl.processors.work import Work
@@ -41,8 +42,10 @@ def attend(call: Call, work: Work) -> torch.Tensor:
     edited = any({"scores", "probs"} & one.points for one in active)
 
     probs = _probabilities(call, mask, active, work) if edited else None
+    own = None
     if observe is not None:
-        observe(call, _map(call, mask, probs), None if isinstance(mask, TokenGroups) else mask)
+        shown, own = _map(call, mask, probs)
+        observe(call, shown, None if isinstance(mask, TokenGroups) else mask)
 
     result = None
     for one, timed in _having("attend", active, call, work):
@@ -52,7 +55,7 @@ def attend(call: Call, work: Work) -> torch.Tensor:
     if result is None and edited and probs is not None:
         result = torch.matmul(probs.to(call.value.dtype), call.value)
     if result is None:
-        result = _attention(call, mask)
+        result = _attention(call, mask) if own is None else own
     if call.streams:
         result = _merge_streams(call, result)
     for one, timed in _having("output", active, call, work):
@@ -64,30 +67,33 @@ def attend(call: Call, work: Work) -> torch.Tensor:
 def observe_only(call: Call, work: Work) -> None:
     """Hand the call's map to the observer, computing no output."""
     assert work.observe is not None
-    work.observe(call, _map(call, call.mask, None), call.mask)
+    shown, _ = _map(call, call.mask, None)
+    work.observe(call, shown, call.mask)
 
 
-def _map(call: Call, mask: Mask, probs: torch.Tensor | None) -> torch.Tensor | None:
-    """What latent tokens see of text tokens: (batch, heads or 1 for their mean, latent tokens, text tokens).
+def _map(call: Call, mask: Mask, probs: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What latent tokens see of text tokens, (batch, heads or 1 for their mean, latent tokens, text tokens), and the
+    attention's output where it is a by-product, else None.
 
-    None for self-attention. In joint attention, unless the probabilities are there anyway, only the columns of the
+    No map for self-attention. In joint attention, unless the probabilities are there anyway, only the columns of the
     text are computed, from the log-sum-exp of the whole: no array is tokens x tokens.
     """
     if call.site.kind == "self":
-        return None
+        return None, None
     latent, text = call.queries.latent, call.keys.text
     if probs is None and call.site.kind == "cross":
         probs = probabilities(call.query, call.key, _dense(mask), call.scale)
     if probs is not None:
-        return probs[:, :, latent, text]
-    _, lse = attention_with_lse(call.query, call.key, call.value, mask, call.scale)
+        return probs[:, :, latent, text], None
+    output, lse = attention_with_lse(call.query, call.key, call.value, mask, call.scale)
     shown: torch.Tensor | None
     if isinstance(mask, TokenGroups):
         shown = mask.visible(text)[:, :, latent]
     else:
         shown = mask if mask is None or mask.shape[-2] == 1 else mask[..., latent, :]
         shown = None if shown is None else shown[..., text]
-    return mean_columns(call.query[:, :, latent], call.key[:, :, text], lse[:, :, latent], call.scale, shown)
+    columns = mean_columns(call.query[:, :, latent], call.key[:, :, text], lse[:, :, latent], call.scale, shown)
+    return columns, output if one_call_does(call.query, call.key, call.value, mask) else None
 
 
 def _having(
@@ -129,8 +135,12 @@ def _grouped(groups: TokenGroups, dense: torch.Tensor | None, call: Call) -> Tok
             f"at {call.site.name} one control masks by token groups and another by a mask of shape "
             f"{tuple(dense.shape)}: they cannot work together."
         )
-    hidden = ~dense if dense.dtype == torch.bool else dense == float("-inf")
-    return groups.hide_keys(hidden[:, 0, 0])
+    try:
+        return groups.padded(dense)
+    except ValueError as error:
+        raise ControlError(
+            f"a control masks {call.site.name} by token groups, beside which padding can only be hidden. {error}"
+        ) from None
 
 
 def _attention(call: Call, mask: Mask) -> torch.Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 
 from attnctrl.calls import Signature, rows_of
-from attnctrl.compiled import compiled_in_place
+from attnctrl.compiled import compiled_in_place, with_block_masks
 from attnctrl.errors import ControlError
 from attnctrl.processors.work import Branch, call_of, halves_of
 from attnctrl.prompt import Reader
@@ -36,7 +37,8 @@ class Family:
 
     processor: our stand-in. plain: the stock processors whose function it computes. separate: the unconditional
     prediction is a call of its own, after the conditional one, not the first half of the batch. encodes: how often
-    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own.
+    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own. blocks: the
+    paths of the blocks that may be compiled one by one, as a regular expression; for families with `names.extras`.
     """
 
     describes: ClassVar[str] = ""
@@ -45,6 +47,7 @@ class Family:
     names: ClassVar[Names] = Names()
     separate: ClassVar[bool] = False
     encodes: ClassVar[int] = 1
+    blocks: ClassVar[str] = ""
 
     def __init__(self, *denoisers: torch.nn.Module) -> None:
         """denoisers: the pipeline's, of one architecture; with several, each takes some of the steps."""
@@ -77,8 +80,13 @@ class Family:
         return self.processor(stock, site, owner)
 
     def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
-        """Blocks that are compiled one by one, with what hands each its own masks."""
-        return []
+        """The blocks that are compiled one by one, with what hands each its own masks."""
+        sites = [site for site, _ in self.sites()] if self.blocks else []
+        return [
+            (module, partial(with_block_masks, self.names.extras, [s for s in sites if s.name.startswith(f"{name}.")]))
+            for name, module in (self.model.named_modules() if self.blocks else ())
+            if re.search(self.blocks, name) and compiled_in_place(module)
+        ]
 
     # the pipeline's call ----------------------------------------------------------------------------------------
     def guidance(self, pipe: Any, prompt: str | list[str], scale: float) -> dict[str, Any]:
@@ -183,13 +191,16 @@ class Family:
         raise NotImplementedError
 
     def blank_call(
-        self, site: Site, step: Step, latents: Grid, batch: int, text_tokens: int, like: torch.Tensor
+        self, site: Site, step: Step, branch: str, latents: Grid, batch: int, text: int, sample: torch.Tensor
     ) -> Call:
-        """A call without contents, for asking a control for its mask before the model runs (torch.compile)."""
+        """A call without contents, for asking a control for its mask before the model runs (torch.compile).
+
+        text: how many text tokens the call has. sample: the denoiser's input.
+        """
         queries = TokenLayout.of_latents(site.grid(latents))
-        keys = queries if site.kind == "self" else TokenLayout.of_text(text_tokens)
-        empty = like.new_empty(batch, 1, 0, 1)
-        return Call(site, step, "cond", empty, empty, empty, 1.0, queries, keys)
+        keys = queries if site.kind == "self" else TokenLayout.of_text(text)
+        empty = sample.new_empty(batch, 1, 0, 1)
+        return Call(site, step, branch, empty, empty, empty, 1.0, queries, keys)
 
 
 def keep_length(text: Text, like: torch.Tensor, why: str) -> None:

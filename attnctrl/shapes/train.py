@@ -78,7 +78,8 @@ def budgets(name: str, minutes: list[float], steps: list[int] | None) -> dict[st
     """One budget for each stage of the model `name`.
 
     Raises:
-        ControlError: steps does not give one number per stage, or minutes neither that nor one number.
+        ControlError: steps does not give one number per stage, or minutes neither that nor one number; or a number
+            below 1 (steps) or 0 (minutes).
     """
     shares = SHARES[name]
     if steps is None and len(minutes) == 1:
@@ -88,6 +89,9 @@ def budgets(name: str, minutes: list[float], steps: list[int] | None) -> dict[st
         raise ControlError(
             f"{name} has {len(shares)} stages ({', '.join(shares)}), but {len(given)} numbers were given."
         )
+    unit, least = ("minutes", 0) if steps is None else ("steps", 1)
+    if min(given) < least:
+        raise ControlError(f"{min(given):g} {unit} were given: give {least} or more.")
     if steps is not None:
         return {stage: Budget(steps=n) for stage, n in zip(shares, steps, strict=True)}
     return {stage: Budget(minutes=m) for stage, m in zip(shares, minutes, strict=True)}
@@ -138,12 +142,13 @@ def _decoder_stage(crew: Crew, out: Path, budget: Budget, recipe: AutoencoderRec
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run every stage that is not finished yet; 0 on success."""
+    """Run every stage that is not finished yet; 0 on success. Raises ControlError for bad numbers."""
+    budget = budgets(args.name, args.minutes, args.steps)
     # Denormal numbers slow a CPU down; the setting belongs to the whole process, so it is put back.
     torch.set_flush_denormal(True)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        {"sd": _train_sd, "dit": _train_dit, "entities": _train_entities}[args.name](args)
+        {"sd": _train_sd, "dit": _train_dit, "entities": _train_entities}[args.name](args, budget)
         return 0
     finally:
         torch.set_flush_denormal(False)
@@ -162,9 +167,8 @@ def _run(processes: int, out: Path, stage: Callable[..., None], *work: Any) -> N
         stage(SOLO, *work)
 
 
-def _train_sd(args: argparse.Namespace) -> None:
+def _train_sd(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     out, device, resume, processes = args.out, args.device, args.resume, _processes(args)
-    budget = budgets("sd", args.minutes, args.steps)
     cuda = device != "cpu"
     images = AutoencoderRecipe(seed=args.seed, images=16 if cuda else 4)
     batch = args.batch or (128 if cuda else 16)
@@ -181,16 +185,24 @@ def _train_sd(args: argparse.Namespace) -> None:
     export(out, out / "pipeline")
 
 
-def _train_dit(args: argparse.Namespace) -> None:
+def _train_dit(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     """On the autoencoder and the text encoder that ship with `sd`."""
     recipe = _flow_recipe(args, TransformerRecipe, 256)
     _encode_scenes(args)
-    budget = budgets("dit", args.minutes, args.steps)["transformer"]
-    _run(_processes(args), args.out, _transformer_stage, args.out, budget, recipe, args.device, args.resume)
+    _run(
+        _processes(args),
+        args.out,
+        _transformer_stage,
+        args.out,
+        budget["transformer"],
+        recipe,
+        args.device,
+        args.resume,
+    )
     export_transformer(args.out, args.out / "pipeline")
 
 
-def _train_entities(args: argparse.Namespace) -> None:
+def _train_entities(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     """On `dit`, shipped or given."""
     need_peft("train-shapes entities")
     base = args.base or weights_path("dit")
@@ -198,8 +210,8 @@ def _train_entities(args: argparse.Namespace) -> None:
         raise ControlError(f"--base {base} holds no transformer: give the folder of a dit pipeline.")
     recipe = _flow_recipe(args, EntityRecipe, 128)
     _encode_scenes(args)
-    budget = budgets("entities", args.minutes, args.steps)["entities"]
-    _run(_processes(args), args.out, _entities_stage, args.out, base, budget, recipe, args.device, args.resume)
+    work = (args.out, base, budget["entities"], recipe, args.device, args.resume)
+    _run(_processes(args), args.out, _entities_stage, *work)
 
 
 def _flow_recipe(args: argparse.Namespace, recipe: type[Recipe], on_gpu: int) -> Recipe:

@@ -218,6 +218,10 @@ def test_budgets():
     assert budgets("dit", [9.0], None) == {"transformer": Budget(minutes=9.0)}
     with pytest.raises(ValueError, match=r"sd has 4 stages .* but 2 numbers"):
         budgets("sd", [1.0, 2.0], None)
+    with pytest.raises(ValueError, match="0 steps were given: give 1 or more"):
+        budgets("dit", [9.0], [0])
+    with pytest.raises(ValueError, match="-1 minutes were given"):
+        budgets("dit", [-1.0], None)
     with pytest.raises(ValueError, match="either steps or minutes"):
         Budget(steps=1, minutes=1.0)
 

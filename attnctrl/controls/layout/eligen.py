@@ -71,5 +71,5 @@ class EliGen(Control):
 
     def mask(self, call: Call, state: Entities) -> TokenGroups | None:
         if call.branch == "uncond" or call.step.progress >= self.until:
-            return state.mask(call, "hidden", hidden_groups)
-        return state.mask(call, "entities", entity_groups)
+            return state.mask(call, hidden_groups)
+        return state.mask(call, entity_groups)

@@ -63,16 +63,13 @@ class Entities:
             )
         return cls(resolve(sampling, regions, where, how="any", find=False), sampling.text_tokens)
 
-    def mask(self, call: Call, rule: str, make: Callable[[Places], TokenGroups]) -> TokenGroups | None:
-        """The groups that `make` builds for calls of this shape; None where the text holds no blocks.
-
-        rule: a name for what `make` does, under which the result is kept.
-        """
-        text, latent, total = call.queries.text, call.queries.latent, call.query.shape[2]
-        key = (rule, text.start, text.stop, latent.start, latent.stop, total)
+    def mask(self, call: Call, make: Callable[[Places], TokenGroups]) -> TokenGroups | None:
+        """The groups that `make` builds for calls of this shape, made once; None where the text holds no blocks."""
+        text, latent = call.queries.text, call.queries.latent
+        key = (make, text.start, text.stop, latent.start, latent.stop, call.query.shape[2])
         if key not in self.masks:
-            entities = text.stop - text.start - self.prompt
-            self.masks[key] = make(Places(self.layout, self.prompt, call.queries, total)) if entities else None
+            whole = self.layout, self.prompt, call.queries, call.query.shape[2]
+            self.masks[key] = make(Places(*whole)) if text.stop - text.start > self.prompt else None
         return self.masks[key]
 
 
