@@ -3,6 +3,7 @@
 from attnctrl.kernels.columns import column_probabilities, mean_columns
 from attnctrl.kernels.dispatch import attention_with_lse, group_attention
 from attnctrl.kernels.groups import TokenGroups
+from attnctrl.kernels.low_rank import LowRankBias
 from attnctrl.kernels.reference import attention, combine_masks, logits, probabilities
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "combine_masks",
     "logits",
     "probabilities",
+    "LowRankBias",
     "TokenGroups",
     "group_attention",
     "attention_with_lse",
