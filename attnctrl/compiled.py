@@ -15,6 +15,7 @@ from attnctrl.control import ATTENTION_POINTS
 from attnctrl.errors import ControlError
 from attnctrl.kernels import combine_masks
 from attnctrl.kernels.groups import TokenGroups
+from attnctrl.kernels.low_rank import LowRankBias
 from attnctrl.sites import Step
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def site_masks(sampler: Sampler, step: Step) -> dict[str, torch.Tensor]:
             )
             with sampling.report.timed(one.index, one.control.name, "mask", step.index, site.name):
                 mask = one.control.mask(call, one.state)
-            if isinstance(mask, TokenGroups):
+            if isinstance(mask, (TokenGroups, LowRankBias)):
                 raise ControlError(
-                    f"{one.control.name} masks by token groups, whose kernel a compiled model does not call yet: use "
+                    f"{one.control.name} masks by token groups or a low-rank bias, whose kernel a compiled model does not call yet: use "
                     "the pipeline without torch.compile."
                 )
             if mask is not None:

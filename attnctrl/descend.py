@@ -11,6 +11,7 @@ import torch
 
 from attnctrl.control import Descent
 from attnctrl.errors import ControlError
+from attnctrl.kernels import TokenGroups
 from attnctrl.processors.work import StopForward
 from attnctrl.sampling import Active, LossValue, Sampling
 from attnctrl.sites import Call
@@ -28,20 +29,35 @@ class Reader:
         self.maps = StepMaps()
         self.closed = False
 
-    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | TokenGroups | None) -> None:
         # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use.
         if self.closed:
             return
         grid = call.queries.grid
         assert grid is not None
-        if call.site.kind == "self":
-            self.maps.self_[call.site.name] = SelfMap(call.site, grid, call.query, call.key, mask, call.scale)
-        else:
+        name, latent = call.site.name, call.queries.latent
+        if call.site.kind != "cross":
+            query, key = call.query[:, :, latent], call.key[:, :, latent]
+            self.maps.self_[name] = SelfMap(call.site, grid, query, key, _among(mask, latent), call.scale)
+        if call.site.kind != "self":
             assert probs is not None
-            self.maps.cross[call.site.name] = CrossMap(call.site, grid, probs.mean(dim=1))
-        if self.stop and len(self.maps.cross) + len(self.maps.self_) == len(self.names):
+            probs = probs.mean(dim=1)
+            if call.site.kind == "joint":
+                probs = probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-8)
+            self.maps.cross[name] = CrossMap(call.site, grid, probs)
+        if self.stop and len(self.maps.cross.keys() | self.maps.self_.keys()) == len(self.names):
             self.closed = True
             raise StopForward
+
+
+def _among(mask: torch.Tensor | TokenGroups | None, latent: slice) -> torch.Tensor | TokenGroups | None:
+    """The part of a mask that is about latents as queries and as keys."""
+    if mask is None:
+        return None
+    if isinstance(mask, TokenGroups):
+        return TokenGroups(mask.query_bits[:, latent], mask.key_bits[:, latent])
+    rows = mask if mask.shape[-2] == 1 else mask[..., latent, :]
+    return rows if rows.shape[-1] == 1 else rows[..., latent]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Attention kernels; they know nothing of controls."""
 
 from attnctrl.kernels.columns import column_probabilities, mean_columns
-from attnctrl.kernels.dispatch import attention_with_lse, group_attention
+from attnctrl.kernels.dispatch import attention_with_lse, group_attention, masked_attention
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.low_rank import LowRankBias
 from attnctrl.kernels.reference import attention, combine_masks, logits, probabilities
@@ -9,6 +9,7 @@ from attnctrl.kernels.reference import attention, combine_masks, logits, probabi
 __all__ = [
     "attention",
     "combine_masks",
+    "masked_attention",
     "logits",
     "probabilities",
     "LowRankBias",

@@ -28,7 +28,7 @@ def attention(
     scale: float,
     chunk: int = QUERY_CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output (batch, heads, queries, head_dim of value) and the natural log-sum-exp, float32 (batch, heads, queries).
+    """The output (batch, heads, queries, head_dim of value) and the log-sum-exp, float32 (batch, heads, queries).
 
     mask: token groups, or bool or additive and broadcastable to (batch, heads, queries, keys), or None; it gets no
     gradient. Both results have exact first gradients; the scores are computed again for them. A query that sees

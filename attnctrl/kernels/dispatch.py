@@ -16,6 +16,7 @@ import torch
 from attnctrl.kernels import chunked, groups_merge
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.groups_reference import check
+from attnctrl.kernels.reference import attention
 
 FORMS = {
     "reference": "groups_reference",
@@ -85,6 +86,19 @@ def group_attention(
     module: Any = import_module(f"attnctrl.kernels.{FORMS[form]}")
     output, lse = module.group_attention(query, key, value, groups, scale, return_lse)
     return (output, lse) if return_lse else output
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: TokenGroups | torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention under a mask of either kind: `group_attention`, or the fused attention of `reference`."""
+    if isinstance(mask, TokenGroups):
+        return group_attention(query, key, value, mask, scale)
+    return attention(query, key, value, mask, scale)
 
 
 def attention_with_lse(

@@ -70,7 +70,7 @@ def test_every_form_under_token_groups_adds_it(form: str | None) -> None:
     torch.testing.assert_close(group_attention(*wide, value, groups, SCALE, form=form), exact)
     output, _ = group_attention(*wide, value, groups, SCALE, return_lse=True, form=form)
     torch.testing.assert_close(output, exact)
-    assert output.shape == value.shape[:2] + (37, 8)
+    assert output.shape == (*value.shape[:2], 37, 8)
 
 
 @pytest.mark.parametrize("widths", [(5, 3), (3, 5)])

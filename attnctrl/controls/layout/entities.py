@@ -22,8 +22,14 @@ def with_entities(text: Text, sampling: Sampling, regions: Regions, kept: int) -
     """The encoded prompt followed by a block of `kept` tokens for each region, encoded alone.
 
     Behind the prompt rather than before it, so that the prompt's tokens keep their places. Prompts with fewer regions
-    get blocks of zeros, and so does a negative prompt that shares the batch: the mask hides them.
+    get blocks of zeros, and so does a negative prompt that shares the batch: the mask hides them. Raises ControlError
+    where another control has put its blocks there.
     """
+    if text.positive.shape[1] != sampling.text_tokens:
+        raise ControlError(
+            "two controls put texts of regions beside the prompt of a model with joint attention, where one can: use "
+            "one of EliGen and RegionPrompts."
+        )
     lists = per_prompt(regions, sampling.prompt_count)
     most = max(len(rs) for rs in lists)
     width = text.positive.shape[-1]
