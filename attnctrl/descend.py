@@ -22,10 +22,13 @@ HALF_LOSS_SCALES = (1024.0, 1.0, 1 / 1024)
 
 
 class Reader:
-    """Collects the maps of the sites that the losses read and ends the forward pass after the last one."""
+    """Collects the maps of the sites that the losses read and ends the forward pass after the last one.
 
-    def __init__(self, names: frozenset[str], stop: bool) -> None:
-        self.names, self.stop = names, stop
+    text: how many text tokens the prompt has; what controls put behind it is left out.
+    """
+
+    def __init__(self, names: frozenset[str], stop: bool, text: int) -> None:
+        self.names, self.stop, self.text = names, stop, text
         self.maps = StepMaps()
         self.closed = False
 
@@ -41,7 +44,7 @@ class Reader:
             self.maps.self_[name] = SelfMap(call.site, grid, query, key, _among(mask, latent), call.scale)
         if call.site.kind != "self":
             assert probs is not None
-            probs = probs.mean(dim=1)
+            probs = probs.mean(dim=1)[..., : self.text]
             if call.site.kind == "joint":
                 probs = probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-8)
             self.maps.cross[name] = CrossMap(call.site, grid, probs)
@@ -101,7 +104,7 @@ def descend(
             if not running:
                 break
             leaf = moved.detach().requires_grad_(True)
-            reader = Reader(wanted, stop)
+            reader = Reader(wanted, stop, sampling.text_tokens)
             with suppress(StopForward):
                 forward(leaf, reader)
             reader.closed = True

@@ -59,8 +59,9 @@ class Reader:
 
 
 def _within(start: int, end: int, length: int) -> tuple[int, int]:
-    """Characters of the prompt only: a token of the template around it has none."""
-    return (int(start), int(end)) if 0 <= start < end <= length else (0, 0)
+    """Characters of the prompt only: a token of the template around it has none, and some hold the space before it."""
+    inside = start < end and end > 0 and start < length
+    return (max(int(start), 0), min(int(end), length)) if inside else (0, 0)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ BLUR = (0.21194156, 0.57611688, 0.21194156)
 class CrossMap:
     """Cross-attention of one site. probs: (batch, latent tokens, text tokens), averaged over heads.
 
-    In joint attention, the shares of the attention that goes to text: a latent's sum to 1 there too.
+    In joint attention, the shares of the attention that goes to the prompt: a latent's sum to 1 there too.
     """
 
     site: Site
@@ -114,11 +114,9 @@ def phrase_maps(probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def token_shares(probs: torch.Tensor, contenders: torch.Tensor, sharpness: float = 100.0) -> torch.Tensor:
     """Attend-and-Excite's preparation: softmax(sharpness * A) over the tokens that compete, 0 for the others.
 
-    probs: (batch, latent tokens, text tokens); contenders: (batch, prompt tokens) bool, where further text may follow
-    the prompt -> (batch, latent tokens, prompt tokens).
+    probs: (batch, latent tokens, text tokens); contenders: (batch, text tokens) bool. -> the same shape as probs.
     """
-    scores = probs[..., : contenders.shape[-1]] * sharpness
-    return scores.masked_fill(~contenders[:, None], float("-inf")).softmax(dim=-1)
+    return (probs * sharpness).masked_fill(~contenders[:, None], float("-inf")).softmax(dim=-1)
 
 
 def blur(maps: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -85,7 +85,7 @@ class DenseDiffusion(Control):
             for region, alone, tokens in zip(regions, encoded, sampling.read(phrases), strict=True):
                 found = sampling.find(region.phrase, p, region.occurrence)
                 for encoder, single in zip(sampling.tokens[p], tokens, strict=True):
-                    (source,) = single.occurrences(region.phrase)
+                    source, *_ = single.occurrences(region.phrase)
                     # Several places share one encoding.
                     for place in encoder.occurrences(region.phrase):
                         if set(place) <= set(found):

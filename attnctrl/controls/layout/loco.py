@@ -108,7 +108,5 @@ class LoCo(Control):
             rows = torch.arange(len(ends), device=ends.device)
             union = (masks.amax(dim=1) > 0).float()
             start = None if starts is None else probs[rows, :, starts]
-            value = value + self.alpha * padding_constraint(
-                start, probs[rows, :, ends], union, self.beta, self.squash
-            )
+            value = value + self.alpha * padding_constraint(start, probs[rows, :, ends], union, self.beta, self.squash)
         return Loss(value, local / layout.valid.sum(dim=1).clamp(min=1) < self.enough)

@@ -86,6 +86,7 @@ class Refocus(Control):
     much for plain models; the default is what the shapes world bears. The descent ends when every word has 0.2 of
     some pixel in its box.
     In joint attention CAR reads shares of the attention to text, and SAR that of the latents among themselves.
+    Few tokens compete for shares where the text has no start token, and `enough` is sooner reached.
     Families: all but SANA, whose self-attention has no maps: there self_weight must be 0.
     """
 
