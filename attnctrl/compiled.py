@@ -71,8 +71,8 @@ def site_masks(sampler: Sampler, step: Step) -> dict[str, torch.Tensor]:
                 mask = one.control.mask(call, one.state)
             if isinstance(mask, (TokenGroups, LowRankBias)):
                 raise ControlError(
-                    f"{one.control.name} masks by token groups or a low-rank bias, whose kernel a compiled model does not call yet: use "
-                    "the pipeline without torch.compile."
+                    f"{one.control.name} masks by token groups or a low-rank bias, whose kernel a compiled model "
+                    "does not call yet: use the pipeline without torch.compile."
                 )
             if mask is not None:
                 found.append(mask.expand(sampling.batch, -1, -1, -1))

@@ -47,10 +47,10 @@ class Sampling:
     """What controls may ask about the running pipeline call.
 
     prompts: one string per prompt, None when the pipeline got embeddings only. text_tokens: positions of the text
-    encoder. guided: whether classifier-free guidance runs. encode: the embeddings of any texts, the same tensors for the
-    same texts. negative_apart: the negative prompt is encoded apart, where no `context` sees it. The latent facts are known from the first step on:
-    latent_grid is (frames, height, width), batch counts pictures = prompts * images_per_prompt. begun orders the
-    samplings of a process.
+    encoder. guided: whether classifier-free guidance runs. encode: the embeddings of any texts, the same tensors for
+    the same texts. negative_apart: the negative prompt is encoded apart, where no `context` sees it. The latent facts
+    are known from the first step on: latent_grid is (frames, height, width), batch counts pictures = prompts *
+    images_per_prompt. begun orders the samplings of a process.
     """
 
     prompts: list[str] | None

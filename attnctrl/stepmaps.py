@@ -86,8 +86,8 @@ class StepMaps:
         found = [layer for layer in self.self_.values() if layer.grid == grid]
         if not found:
             raise ControlError(
-                f"the loss reads self-attention on the grid {grid}, where `where` selects none: widen it, or switch that "
-                "part of the loss off (self_weight=0, sharpen=False); not every model has self-attention that we know."
+                f"the loss reads self-attention on the grid {grid}, where `where` selects none: widen it, or switch "
+                "that part of the loss off (self_weight=0, sharpen=False): SANA's has no maps."
             )
         return found
 

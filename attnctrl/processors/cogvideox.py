@@ -112,8 +112,9 @@ class CogVideoXFamily(Family):
         return Text(*outputs)
 
     def outputs(self, text: Text, like: tuple) -> tuple:
-        """Models without rotary embedding, and those with learned positions, have a table of positions for all tokens."""
-        if self.model.patch_embed.use_positional_embeddings:
+        """Models without rotary embedding, and some with, add positions to all tokens from one table."""
+        embed = self.model.patch_embed
+        if embed.use_positional_embeddings or embed.use_learned_positional_embeddings:
             keep_length(text, like[0], "this CogVideoX has one table of positions for text and latents")
         return text.positive, text.negative
 

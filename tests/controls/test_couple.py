@@ -160,3 +160,20 @@ def test_before_its_window_nothing_changes(model: str) -> None:
     first = len(expected) // 2
     for mine, stock in zip(outputs(model, "cond", late, steps=2)[:first], expected[:first], strict=True):
         torch.testing.assert_close(mine, stock, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["flux", "sd3"])
+def test_every_picture_of_a_batch_has_its_own_regions(model: str) -> None:
+    """Two prompts with other regions and other numbers of them: each row is the picture that it is alone."""
+    family, pipe = MODELS[model], pipeline(model)
+    prompts, regions = ["a cat and a dog", "the red bird"], (REGIONS, (ac.Region("the bird", box=(0, 0, 1, 0.5)),))
+
+    def pictures(prompt: list[str], about: tuple) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(7) for _ in prompt]
+        more = {"negative_prompt": ["a bird"] * len(prompt)} if model == "flux" else {}
+        with ac.control(pipe, ac.RegionPrompts(about, window=Window(0.0, 1.0))):
+            return draw(pipe, family, prompt, steps=2, generator=generators, **more)
+
+    together = pictures(prompts, regions)
+    for row, prompt, about in zip(together, prompts, regions, strict=True):
+        torch.testing.assert_close(row, pictures([prompt], (about,))[0], atol=1e-4, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import attnctrl as ac
+from attnctrl.control import Descent, Loss
 from attnctrl.controls import REGISTRY
 from tests.methods import busy, idle_forms
 from tests.probes import REGIONS, Output, Probs
@@ -180,3 +182,57 @@ def test_words_and_latents_outside_their_regions_do_not_see_each_other(model: st
         assert (probs[:, :, hidden] == 0).all()
         seen = ~hidden if model != "qwen" else ~hidden[:, : first + text]
         assert (probs[0, 0][..., : seen.shape[1]][seen] > 0).all()
+
+
+@dataclass(frozen=True)
+class Maps(ac.Control):
+    """Keeps what a loss is given; the loss itself is 0 for want of a wish."""
+
+    kept: list = field(default_factory=list, compare=False)
+    where: ac.Where = field(default=JOINT, kw_only=True)
+
+    def descent(self, step: Any) -> Descent:
+        return Descent(1.0)
+
+    def loss(self, maps: Any, step: Any, state: Any) -> Loss:
+        self.kept.append(maps)
+        return Loss(0 * maps.mean_cross()[0].sum(dim=(1, 2)))
+
+
+@every_model
+def test_losses_read_shares_of_the_prompt_and_the_latents_among_themselves(model: str) -> None:
+    """Against the probabilities of the same layer, materialised; with entities in the sequence, which do not count."""
+    pipe, family, kept, maps = pipeline(model), MODELS[model], [], Maps()
+    probe = Probs(edit=lambda probs: (kept.append(probs), probs)[1], where=JOINT)
+    for prompting in ((), (at_work("eligen"),)):
+        kept.clear()
+        maps.kept.clear()
+        with ac.control(pipe, *prompting, maps, probe, record=False) as run:
+            draw(pipe, family, steps=1)
+        (seen,), text = maps.kept, run.sampling.text_tokens
+        assert seen.cross.keys() == seen.self_.keys()
+        for (name, cross), probs in zip(seen.cross.items(), kept, strict=False):
+            frames, height, width = cross.grid
+            count, total = frames * height * width, probs.shape[-1]
+            latent = slice(0, count) if model == "sd3" else slice(total - count, total)
+            first = count if model == "sd3" else 0
+            of_text = probs[:, :, latent, first : first + text].mean(dim=1)
+            expected = of_text / of_text.sum(dim=-1, keepdim=True)
+            torch.testing.assert_close(cross.probs.detach(), expected, atol=1e-5, rtol=1e-4)
+            among = probs[:, :, latent, latent]
+            among = (among / among.sum(dim=-1, keepdim=True)).mean(dim=1)
+            torch.testing.assert_close(seen.self_[name].dense().detach(), among, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["flux2", "klein", "zimage"])
+def test_the_other_picture_models(model: str) -> None:
+    """Parallel blocks, chat templates, padded latents: each kind of point once."""
+    family = FAMILIES[model]
+    pipe = family.make()
+    expected = draw(pipe, family, steps=1)
+    for name in ("region-mask", "region-prompts", "dense-diffusion", "refocus", "loco", "a-star"):
+        with ac.control(pipe, at_work(name), record=False) as run:
+            drawn = draw(pipe, family, steps=1)
+        assert torch.isfinite(drawn).all(), name
+        assert not torch.allclose(drawn, expected, atol=1e-5), name
+        assert run.report.rows

@@ -1,4 +1,4 @@
-"""Attention couple in one joint sequence: a softmax over prompt and latents, and one over each region's text and latents."""
+"""Attention couple in one joint sequence: latents attend to the prompt and, apart, to the text of each region."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def written(sampling: Sampling, regions: Regions, kept: int) -> torch.Tensor:
     for row, rs in zip(rows, lists, strict=True):
         if rs:
             filled = (sampling.encode([r.text for r in rs]).positive != 0).any(dim=-1)
-            # Where all texts of a batch are 0, it is the encoder (one that is left out): the longest text is not filled.
+            # Where all texts are 0, an encoder is left out, and the stock model sees that: the longest is never filled.
             row[: len(rs), : filled.shape[1]] = filled | ~filled.any(dim=0)
     return rows.repeat_interleave(sampling.images_per_prompt, dim=0)
 

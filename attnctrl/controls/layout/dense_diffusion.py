@@ -36,7 +36,7 @@ def decay(noise: float, power: float) -> float:
 
 
 def alike(tokens: tuple[int, ...], count: int) -> list[int]:
-    """`count` of the tokens in order: all of them, unless a tokenizer splits a phrase otherwise where it stands alone."""
+    """`count` of the tokens in order: all, unless a tokenizer splits a phrase otherwise where it stands alone."""
     return [tokens[i * len(tokens) // count] for i in range(count)]
 
 
@@ -112,13 +112,10 @@ class DenseDiffusion(Control):
         tau = decay(call.step.noise, self.power)
         among = (same, push * (self.self_weight * tau), covered if self.free_tokens == "keep" else None)
         of_text = (words, push * (self.cross_weight * tau), bound if self.free_tokens == "keep" else None)
-        if call.site.kind == "self":
-            return modulated(scores, *among)
-        if call.site.kind == "cross":
-            return modulated(scores, *of_text)
-        latent, first = call.queries.latent, call.queries.text.start
+        rows, first = call.queries.latent, call.keys.text.start
         text = slice(first, first + words.shape[-1])
+        blocks = {"self": [(rows, among)], "cross": [(text, of_text)], "joint": [(rows, among), (text, of_text)]}
         moved = scores.clone()
-        moved[:, :, latent, latent] = modulated(scores[:, :, latent, latent], *among)
-        moved[:, :, latent, text] = modulated(scores[:, :, latent, text], *of_text)
+        for columns, how in blocks[call.site.kind]:
+            moved[:, :, rows, columns] = modulated(scores[:, :, rows, columns], *how)
         return moved

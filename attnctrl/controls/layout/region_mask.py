@@ -120,5 +120,6 @@ class RegionMask(Control):
         # One for all layers that agree on the places of their tokens.
         key = (call.queries.text.start, call.queries.latent.start, call.query.shape[2])
         if key not in made:
-            made[key] = joint_mask(*by_grid[call.queries.grid], call, self.weight, self.boost)
+            words, inside = by_grid[call.queries.grid]
+            made[key] = joint_mask(words, inside, call, self.weight, self.boost)
         return made[key]

@@ -137,8 +137,8 @@ class RegionPrompts(Control):
     def _begin_joint(self, sampling: Sampling) -> JointCouple:
         if "uncond" in self.branches:
             raise ControlError(
-                f"{self.name} puts the regions' texts beside the prompt of a model with joint attention, not beside its "
-                'negative prompt: use branches=("cond",).'
+                f"{self.name} puts the regions' texts beside the prompt of a model with joint attention, not beside "
+                'its negative prompt: use branches=("cond",).'
             )
         entities = Entities.begin(sampling, self.regions, self.where)
         masks, shares = self._shares(sampling, entities.layout)
