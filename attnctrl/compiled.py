@@ -15,6 +15,7 @@ from attnctrl.control import ATTENTION_POINTS
 from attnctrl.errors import ControlError
 from attnctrl.kernels import combine_masks
 from attnctrl.kernels.groups import TokenGroups
+from attnctrl.kernels.low_rank import LowRankBias
 from attnctrl.kernels.traced import number_of
 from attnctrl.sites import BLOCK_MASKS, MASKS, Site, Step
 
@@ -72,6 +73,11 @@ def site_masks(sampler: Sampler, step: Step, sample: torch.Tensor) -> dict[str, 
             call = family.blank_call(site, step, branch, sampling.latent_grid, sampling.batch, sampler.text, sample)
             with sampling.report.timed(one.index, one.control.name, "mask", step.index, site.name):
                 mask = one.control.mask(call, one.state)
+            if isinstance(mask, LowRankBias):
+                raise ControlError(
+                    f"{one.control.name} masks by a low-rank bias, which a compiled model does not take: use the "
+                    "pipeline without torch.compile."
+                )
             if isinstance(mask, TokenGroups):
                 if not family.separate:
                     raise ControlError(

@@ -11,6 +11,7 @@ import torch
 
 from attnctrl.control import Descent
 from attnctrl.errors import ControlError
+from attnctrl.kernels import TokenGroups
 from attnctrl.processors.work import StopForward
 from attnctrl.sampling import Active, LossValue, Sampling
 from attnctrl.sites import Call
@@ -21,27 +22,45 @@ HALF_LOSS_SCALES = (1024.0, 1.0, 1 / 1024)
 
 
 class Reader:
-    """Collects the maps of the sites that the losses read and ends the forward pass after the last one."""
+    """Collects the maps of the sites that the losses read and ends the forward pass after the last one.
 
-    def __init__(self, names: frozenset[str], stop: bool) -> None:
-        self.names, self.stop = names, stop
+    text: how many text tokens the prompt has; what controls put behind it is left out.
+    """
+
+    def __init__(self, names: frozenset[str], stop: bool, text: int) -> None:
+        self.names, self.stop, self.text = names, stop, text
         self.maps = StepMaps()
         self.closed = False
 
-    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | TokenGroups | None) -> None:
         # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use.
         if self.closed:
             return
         grid = call.queries.grid
         assert grid is not None
-        if call.site.kind == "self":
-            self.maps.self_[call.site.name] = SelfMap(call.site, grid, call.query, call.key, mask, call.scale)
-        else:
+        name, latent = call.site.name, call.queries.latent
+        if call.site.kind != "cross":
+            query, key = call.query[:, :, latent], call.key[:, :, latent]
+            self.maps.self_[name] = SelfMap(call.site, grid, query, key, _among(mask, latent), call.scale)
+        if call.site.kind != "self":
             assert probs is not None
-            self.maps.cross[call.site.name] = CrossMap(call.site, grid, probs.mean(dim=1))
-        if self.stop and len(self.maps.cross) + len(self.maps.self_) == len(self.names):
+            probs = probs.mean(dim=1)[..., : self.text]
+            if call.site.kind == "joint":
+                probs = probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-8)
+            self.maps.cross[name] = CrossMap(call.site, grid, probs)
+        if self.stop and len(self.maps.cross.keys() | self.maps.self_.keys()) == len(self.names):
             self.closed = True
             raise StopForward
+
+
+def _among(mask: torch.Tensor | TokenGroups | None, latent: slice) -> torch.Tensor | TokenGroups | None:
+    """The part of a mask that is about latents as queries and as keys."""
+    if mask is None:
+        return None
+    if isinstance(mask, TokenGroups):
+        return TokenGroups(mask.query_bits[:, latent], mask.key_bits[:, latent])
+    rows = mask if mask.shape[-2] == 1 else mask[..., latent, :]
+    return rows if rows.shape[-1] == 1 else rows[..., latent]
 
 
 @dataclass
@@ -85,7 +104,7 @@ def descend(
             if not running:
                 break
             leaf = moved.detach().requires_grad_(True)
-            reader = Reader(wanted, stop)
+            reader = Reader(wanted, stop, sampling.text_tokens)
             with suppress(StopForward):
                 forward(leaf, reader)
             reader.closed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +33,24 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
     if prompts is not None and len(prompts) != count:
         raise ControlError(f"control(prompt=...) names {len(prompts)} prompts for embeddings of {count}.")
 
-    def tokenize() -> list[list[PromptTokens]]:
+    def tokenize(alone: list[str] | None = None) -> list[list[PromptTokens]]:
         per_encoder = []
         for reader in family.readers(pipe, arguments):
-            texts = arguments.get(reader.argument) or prompts or []
+            texts = alone or arguments.get(reader.argument) or prompts or []
             texts = [texts] if isinstance(texts, str) else texts
             # Textual inversion spreads one word over several tokens; the pipeline does the same before encoding.
             convert = getattr(pipe, "maybe_convert_prompt", lambda t, _: t)
             per_encoder.append([reader.read(convert(t, reader.tokenizer)) for t in texts])
         return [list(one) for one in zip(*per_encoder, strict=True)]
 
+    encoded: dict[tuple[str, ...], Text] = {}
+
     def encode(texts: list[str]) -> Text:
+        if tuple(texts) not in encoded:
+            encoded[tuple(texts)] = encode_anew(texts)
+        return encoded[tuple(texts)]
+
+    def encode_anew(texts: list[str]) -> Text:
         given: dict[str, Any] = {}
         for name, parameter in inspect.signature(stock).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -72,10 +80,14 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         guided=bool(arguments.get("do_classifier_free_guidance")),
         text_tokens=text.positive.shape[1],
         encode=encode,
+        negative_apart=family.encodes == 2,
+        sites=[] if run.installation is None else list(run.installation.sites),
     )
     edited = text
     for index, control in enumerate(run.controls):
         if "context" in control.points() and not control.idle:
-            with sampling.report.timed(index, control.name, "context", 0):
-                edited = control.context(edited, sampling)
+            before, start = edited, time.perf_counter()
+            edited = control.context(before, sampling)
+            if edited is not before:
+                sampling.report.add(index, control.name, "context", 0, None, time.perf_counter() - start)
     return Sampler(run, sampling), outputs if edited is text else family.outputs(edited, outputs)

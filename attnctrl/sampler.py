@@ -147,9 +147,9 @@ class Sampler:
         step = self.sampling.step
         if self.silent or step is None:
             return None
-        here = [a for a in self.sampling.by_site.get(site.name, ()) if step.progress in a.control.window]
+        here = self.sampling.by_site.get(site.name, ())
         branches = self.branches()
-        active = {b.name: tuple(a for a in here if b.name in a.control.branches) for b in branches}
+        active = {b.name: tuple(a for a in here if a.control.acts(step, b.name, a.state)) for b in branches}
         controlled = any(active.values())
         if self.reader is not None:
             observe: Any = self.reader if site.name in self.reader.names else None
@@ -173,14 +173,12 @@ class Sampler:
 
     # one sampling --------------------------------------------------------------------------------------------
     def _start(self, sample: torch.Tensor, grid: Grid) -> None:
-        """The latents are known now: find the sites, let every control check its input and make its state."""
+        """The latents are known now: let every control check its input and make its state."""
         self.started = True
-        sampling = self.sampling
-        installation = self.run.installation
+        sampling, installation = self.sampling, self.run.installation
         assert installation is not None
         sampling.latent_grid = grid
         sampling.device, sampling.dtype = sample.device, sample.dtype
-        sampling.sites = list(installation.sites)
         for index, control in enumerate(self.run.controls):
             if control.idle:
                 continue

@@ -47,18 +47,20 @@ class Sampling:
     """What controls may ask about the running pipeline call.
 
     prompts: one string per prompt, None when the pipeline got embeddings only. text_tokens: positions of the text
-    encoder. guided: whether classifier-free guidance runs. The latent facts are known from the first step on:
-    latent_grid is (frames, height, width), batch counts pictures = prompts * images_per_prompt. begun orders the
-    samplings of a process.
+    encoder. guided: whether classifier-free guidance runs. encode: the embeddings of any texts, the same tensors for
+    the same texts. negative_apart: the negative prompt is encoded apart, where no `context` sees it. The latent facts
+    are known from the first step on: latent_grid is (frames, height, width), batch counts pictures = prompts *
+    images_per_prompt. begun orders the samplings of a process.
     """
 
     prompts: list[str] | None
-    tokenize: Callable[[], list[list[PromptTokens]]]
+    tokenize: Callable[..., list[list[PromptTokens]]]
     images_per_prompt: int
     prompt_count: int
     guided: bool
     text_tokens: int
     encode: Callable[[list[str]], Text]
+    negative_apart: bool = False
     sites: list[Site] = field(default_factory=list)
     latent_grid: Grid = (1, 0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -77,6 +79,15 @@ class Sampling:
     def tokens(self) -> list[list[PromptTokens]]:
         """For each prompt, its tokens under each of the model's tokenizers."""
         return self.tokenize()
+
+    def read(self, texts: list[str]) -> list[list[PromptTokens]]:
+        """For each text, encoded alone by `encode`, its tokens under each of the model's tokenizers."""
+        return self.tokenize(texts) if texts else []
+
+    @property
+    def joint(self) -> bool:
+        """Whether the model has joint attention, where text and latents are one sequence."""
+        return any(site.kind == "joint" for site in self.sites)
 
     @property
     def batch(self) -> int:

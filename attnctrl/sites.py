@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from attnctrl.kernels.groups import TokenGroups
+
 Grid = tuple[int, int, int]
 """Latent tokens as (frames, height, width); pictures have one frame."""
 
@@ -86,12 +88,14 @@ class Step:
 class Stream:
     """Another context that the queries attend to: its own softmax, merged by weight.
 
-    key, value: (batch, heads, keys, head_dim). weight: (batch, 1, queries, 1), in [0, 1].
+    key, value: (batch, heads, keys, head_dim). weight: (batch, 1, queries, 1), in [0, 1]. groups: which of these keys
+    each query sees, None for all; the masks of controls speak of the layer's own context.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     weight: torch.Tensor
+    groups: TokenGroups | None = None
 
 
 @dataclass(frozen=True)

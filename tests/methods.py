@@ -75,7 +75,7 @@ def sampling(prompt: str | list[str] = tiny.PROMPT, grid: tuple[int, int] = (2, 
 
     return Sampling(
         prompts=prompts,
-        tokenize=lambda: [[Reader(tiny.tokenizer()).read(p)] for p in prompts],
+        tokenize=lambda texts=prompts: [[Reader(tiny.tokenizer()).read(t)] for t in texts],
         images_per_prompt=images,
         prompt_count=len(prompts),
         guided=True,

@@ -16,6 +16,7 @@ import torch
 from attnctrl.kernels import chunked, groups_merge
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.groups_reference import check
+from attnctrl.kernels.reference import attention
 
 FORMS = {
     "reference": "groups_reference",
@@ -62,10 +63,11 @@ def group_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in which a query sees the keys that it shares a group with.
 
-    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim), of any strides. scale: of
-    the products, usually head_dim ** -0.5. Returns the output, like query; with `return_lse` also the natural
-    logarithm of each softmax's sum, float32 (batch, heads, queries). Both are differentiable, once. A query that sees
-    nothing has output 0 and lse -inf.
+    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim), of any strides; value may have
+    another head_dim than the other two (`LowRankBias` adds channels to them). scale: of the products, usually
+    head_dim ** -0.5. Returns the output, (batch, heads, queries, head_dim of value); with `return_lse` also the
+    natural logarithm of each softmax's sum, float32 (batch, heads, queries). Both are differentiable, once. A query
+    that sees nothing has output 0 and lse -inf.
 
     form: one of FORMS to force it; None: "triton" for fp16, bf16 and float32 with head_dim up to 256 on a CUDA device;
     on a CPU "merge" where only the output is wanted and at most FEW_KINDS kinds of queries need a call each; else
@@ -84,6 +86,19 @@ def group_attention(
     module: Any = import_module(f"attnctrl.kernels.{FORMS[form]}")
     output, lse = module.group_attention(query, key, value, groups, scale, return_lse)
     return (output, lse) if return_lse else output
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: TokenGroups | torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention under a mask of either kind: `group_attention`, or the fused attention of `reference`."""
+    if isinstance(mask, TokenGroups):
+        return group_attention(query, key, value, mask, scale)
+    return attention(query, key, value, mask, scale)
 
 
 def attention_with_lse(
@@ -106,7 +121,7 @@ def attention_with_lse(
             return chunked.attention(query, key, value, mask, scale)
         mask = groups
     if mask is None:
-        if not triton_runs(query):
+        if not triton_runs(query, value):
             return chunked.attention(query, key, value, None, scale)
         mask = _everything(query.shape[2], key.shape[2], query.device)
     return _automatic(query, key, value, mask, scale, True)  # type: ignore[return-value]
@@ -123,14 +138,14 @@ def one_call_does(
     return alone or _wants_gradient(query, key, value)
 
 
-def triton_runs(query: torch.Tensor) -> bool:
-    """Whether the Triton form would be chosen for these queries."""
+def triton_runs(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the Triton form would be chosen for these queries and values."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return (
         query.device.type == "cuda"
         and torch.version.hip is None
         and query.dtype in dtypes
-        and query.shape[-1] <= 256
+        and max(query.shape[-1], value.shape[-1]) <= 256
         and find_spec("triton") is not None
     )
 
@@ -139,7 +154,7 @@ def _automatic(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: TokenGroups, scale: float, return_lse: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     check(query, key, value, groups, scale)
-    if triton_runs(query):
+    if triton_runs(query, value):
         from attnctrl.kernels import groups_autograd
 
         output, lse = groups_autograd.group_attention(query, key, value, groups, scale)

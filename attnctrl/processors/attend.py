@@ -9,12 +9,12 @@ import torch
 
 from attnctrl.errors import ControlError
 from attnctrl.kernels import (
+    LowRankBias,
     TokenGroups,
-    attention,
     attention_with_lse,
     combine_masks,
-    group_attention,
     logits,
+    masked_attention,
     mean_columns,
     one_call_does,
     probabilities,
@@ -31,31 +31,34 @@ def attend(call: Call, work: Work) -> torch.Tensor:
 
     Nothing asked: the fused kernel. Masks: the fused kernel with a mask. Streams: one fused attention per
     context. Observed text maps: the fused kernel, plus scores of the few text keys. Scores or probabilities
-    edited: the materialised form. A replacement: what it returns.
+    edited: the materialised form. A replacement: what it returns. Controls see the query and key of the layer; those
+    that are multiplied, observed and handed to a replacement have the channels of low-rank biases as well.
     """
     active = work.active.get(call.branch, ())
     for one, timed in _having("inputs", active, call, work):
         with timed:
             call = one.control.inputs(call, one.state)
-    mask = _mask(call, active, work)
+    mask, biased = _masked(call, active, work)
     observe = work.observe if call.branch == "cond" else None
     edited = any({"scores", "probs"} & one.points for one in active)
 
-    probs = _probabilities(call, mask, active, work) if edited else None
+    probs = _probabilities(call, biased, mask, active, work) if edited else None
     own = None
     if observe is not None:
-        shown, own = _map(call, mask, probs)
-        observe(call, shown, None if isinstance(mask, TokenGroups) else mask)
+        shown, own = _map(biased, mask, probs)
+        observe(biased, shown, mask)
 
     result = None
     for one, timed in _having("attend", active, call, work):
         if result is None:
             with timed:
-                result = one.control.attend(call, one.state)
+                result = one.control.attend(biased, one.state)
     if result is None and edited and probs is not None:
         result = torch.matmul(probs.to(call.value.dtype), call.value)
     if result is None:
-        result = _attention(call, mask) if own is None else own
+        result = own
+    if result is None:
+        result = masked_attention(biased.query, biased.key, biased.value, mask, biased.scale)
     if call.streams:
         result = _merge_streams(call, result)
     for one, timed in _having("output", active, call, work):
@@ -105,12 +108,17 @@ def _having(
             yield one, work.report.timed(one.index, one.control.name, point, call.step.index, call.site.name)
 
 
-def _mask(call: Call, active: tuple[Active, ...], work: Work) -> Mask:
+def _masked(call: Call, active: tuple[Active, ...], work: Work) -> tuple[Mask, Call]:
+    """What may be seen, and the call with the channels of low-rank biases."""
     masks = [] if call.mask is None else [call.mask]
     groups: TokenGroups | None = None
+    biased = call
     for one, timed in _having("mask", active, call, work):
         with timed:
             mask = one.control.mask(call, one.state)
+        if isinstance(mask, LowRankBias):
+            query, key = mask.added(biased.query, biased.key, call.scale)
+            biased, mask = biased.change(query=query, key=key), mask.groups
         if mask is None:
             continue
         if isinstance(mask, TokenGroups):
@@ -123,7 +131,7 @@ def _mask(call: Call, active: tuple[Active, ...], work: Work) -> Mask:
             )
         masks.append(mask)
     dense = combine_masks(masks)
-    return dense if groups is None else _grouped(groups, dense, call)
+    return (dense if groups is None else _grouped(groups, dense, call)), biased
 
 
 def _grouped(groups: TokenGroups, dense: torch.Tensor | None, call: Call) -> TokenGroups:
@@ -143,22 +151,19 @@ def _grouped(groups: TokenGroups, dense: torch.Tensor | None, call: Call) -> Tok
         ) from None
 
 
-def _attention(call: Call, mask: Mask) -> torch.Tensor:
-    if isinstance(mask, TokenGroups):
-        return group_attention(call.query, call.key, call.value, mask, call.scale)
-    return attention(call.query, call.key, call.value, mask, call.scale)
-
-
 def _dense(mask: Mask) -> torch.Tensor | None:
     return mask.dense() if isinstance(mask, TokenGroups) else mask
 
 
-def _probabilities(call: Call, mask: Mask, active: tuple[Active, ...], work: Work) -> torch.Tensor:
-    scores = logits(call.query, call.key, _dense(mask), call.scale)
+def _probabilities(call: Call, biased: Call, mask: Mask, active: tuple[Active, ...], work: Work) -> torch.Tensor:
+    scores = logits(biased.query, biased.key, _dense(mask), biased.scale)
     for one, timed in _having("scores", active, call, work):
         with timed:
             scores = one.control.scores(scores, call, one.state)
-    probs = scores.softmax(dim=-1)
+    # As in the kernels, a query that sees nothing gets nothing; 0 first, for a softmax of -inf has no gradient.
+    blind = (scores == float("-inf")).all(dim=-1, keepdim=True) if isinstance(mask, TokenGroups) else None
+    probs = (scores if blind is None else scores.masked_fill(blind, 0.0)).softmax(dim=-1)
+    probs = probs if blind is None else probs.masked_fill(blind, 0.0)
     for one, timed in _having("probs", active, call, work):
         with timed:
             probs = one.control.probs(probs, call, one.state)
@@ -169,5 +174,6 @@ def _merge_streams(call: Call, result: torch.Tensor) -> torch.Tensor:
     """The weighted sum of the layer's own attention and that of each further context."""
     merged = result * call.base_weight
     for stream in call.streams:
-        merged = merged + stream.weight * attention(call.query, stream.key, stream.value, None, call.scale)
+        part = masked_attention(call.query, stream.key, stream.value, stream.groups, call.scale)
+        merged = merged + stream.weight * part
     return merged.to(result.dtype)

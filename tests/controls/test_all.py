@@ -41,7 +41,9 @@ def test_it_acts(name: str) -> None:
     assert torch.isfinite(drawn).all()
     assert not torch.allclose(drawn, stock, atol=1e-4)
     assert {row.control for row in report.rows.values()} == {REGISTRY[name].control.__name__}
-    assert {row.point for row in report.rows.values()} == set(busy(name).points())
+    acted, able = {row.point for row in report.rows.values()}, set(busy(name).points())
+    # RegionPrompts edits the prompt of models with joint attention only.
+    assert acted == able - ({"context"} if name == "region-prompts" else set())
 
 
 @pytest.mark.parametrize("name", CLASSIC)

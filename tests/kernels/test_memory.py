@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnctrl.kernels import TokenGroups, attention_with_lse, column_probabilities, group_attention
+from attnctrl.kernels import TokenGroups, attention, attention_with_lse, column_probabilities, group_attention
 from tests.watch import Largest
 
 from .masks import tensors
@@ -62,6 +62,13 @@ def test_attention_with_its_sum_stays_below_the_cap(masked: bool) -> None:
     with Largest() as watched:
         output, lse = attention_with_lse(query, key, value, mask, SCALE)
         (output.sum() + lse.sum()).backward()
+    assert watched.elements <= CAP * HEADS
+
+
+def test_fused_attention_with_a_value_of_another_head_dim_stays_below_the_cap() -> None:
+    query, key, value = (t.requires_grad_() for t in tensors(1, HEADS, *INPUTS, HEAD_DIM))
+    with Largest() as watched:
+        attention(query, key, value[..., :5], None, SCALE).sum().backward()
     assert watched.elements <= CAP * HEADS
 
 

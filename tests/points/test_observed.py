@@ -10,7 +10,6 @@ import torch
 
 from attnctrl.errors import ControlError
 from attnctrl.kernels import TokenGroups, chunked, dispatch, probabilities
-from attnctrl.processors import attend as module
 from attnctrl.processors.attend import attend
 from attnctrl.sites import Call
 from tests.joint import joint_call, work
@@ -41,7 +40,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     counted(chunked, "attention", "chunked")
     counted(dispatch.groups_merge, "group_attention", "merge")
-    counted(module, "attention", "fused")
+    counted(dispatch, "attention", "fused")
     return seen
 
 

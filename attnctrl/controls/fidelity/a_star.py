@@ -13,7 +13,7 @@ from attnctrl.controls.fidelity.attend_excite import excited_maps
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 from attnctrl.stepmaps import StepMaps
-from attnctrl.subjects import Phrases, flat, resolve_phrases
+from attnctrl.subjects import Phrases, Subjects, flat, resolve_phrases
 
 
 def segregation(maps: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def retention(maps: torch.Tensor, kept: torch.Tensor, valid: torch.Tensor) -> to
 class _Memory:
     """What a sampling remembers: the concepts' tokens, and binary maps by step index, one row per picture."""
 
-    tokens: torch.Tensor
+    subjects: Subjects
     before: torch.Tensor | None = None
     latest: torch.Tensor | None = None
     step: int = -1
@@ -55,7 +55,8 @@ class AStar(Control):
     first half of the run. No official code is public. Open points settled here: maps are prepared as in
     Attend-and-Excite and divided by their maximum, so that the binary memory does not dominate; the memory of a
     concept is where its map in the previous step exceeded `threshold` of its maximum. In the first step L_ret is 0.
-    Attributes are not treated: give nouns. Families: every one with text keys.
+    Attributes are not treated: give nouns. In joint attention the maps are shares of the attention to text.
+    Families: all.
     """
 
     paper: ClassVar[str] = "arXiv 2306.14544"
@@ -82,8 +83,8 @@ class AStar(Control):
         return Descent(self.scale * math.sqrt(1 - step.progress / 2), self.iterations)
 
     def loss(self, maps: StepMaps, step: Step, state: _Memory) -> Loss:
-        valid = state.tokens.any(dim=-1)
-        concepts = excited_maps(maps, state.tokens)
+        valid = state.subjects.valid
+        concepts = excited_maps(maps, state.subjects)
         concepts = concepts / concepts.amax(dim=-1, keepdim=True).clamp(min=1e-8)
         if step.index != state.step:
             state.before, state.step = state.latest, step.index

@@ -12,7 +12,7 @@ from attnctrl.control import Control, Descent, Loss, Where, Window, param
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 from attnctrl.stepmaps import StepMaps, blur, phrase_maps, token_shares
-from attnctrl.subjects import Phrases, flat, resolve_phrases
+from attnctrl.subjects import Phrases, Subjects, flat, resolve_phrases
 
 
 def neglect(maps: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -24,10 +24,10 @@ def neglect(maps: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return missing.masked_fill(~valid, 0.0).amax(dim=-1)
 
 
-def excited_maps(maps: StepMaps, tokens: torch.Tensor) -> torch.Tensor:
+def excited_maps(maps: StepMaps, subjects: Subjects) -> torch.Tensor:
     """The maps that Attend-and-Excite and its descendants read: word shares, blurred, mean over a phrase's tokens."""
     probs, grid = maps.mean_cross()
-    return blur(phrase_maps(token_shares(probs), tokens), grid)
+    return blur(phrase_maps(token_shares(probs, subjects.contenders), subjects.tokens), grid)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class AttendExcite(Control):
 
     z <- z - scale * sqrt(1 - progress / 2) * dL/dz in the first half of the run, the authors' step-size rule.
     phrases are the subjects, best their nouns; a phrase of several tokens counts by their mean map.
-    Families: every one with text keys.
+    Tokens that open the text (CLIP's start token, a chat) take no share, nor does padding behind other encoders. In
+    joint attention the maps are shares of the attention to text.
+    Families: all.
     """
 
     paper: ClassVar[str] = "arXiv 2301.13826"
@@ -52,11 +54,11 @@ class AttendExcite(Control):
     def idle(self) -> bool:
         return self.window.empty or self.scale == 0 or self.iterations == 0 or not flat(self.phrases)
 
-    def begin(self, sampling: Sampling) -> torch.Tensor:
+    def begin(self, sampling: Sampling) -> Subjects:
         return resolve_phrases(sampling, self.phrases)
 
     def descent(self, step: Step) -> Descent:
         return Descent(self.scale * math.sqrt(1 - step.progress / 2), self.iterations)
 
     def loss(self, maps: StepMaps, step: Step, state: Any) -> Loss:
-        return Loss(neglect(excited_maps(maps, state), state.any(dim=-1)))
+        return Loss(neglect(excited_maps(maps, state), state.valid))

@@ -22,8 +22,14 @@ def with_entities(text: Text, sampling: Sampling, regions: Regions, kept: int) -
     """The encoded prompt followed by a block for each region, encoded alone: `kept` tokens, or all where all are fewer.
 
     Behind the prompt rather than before it, so that the prompt's tokens keep their places. Prompts with fewer regions
-    get blocks of zeros, and so does a negative prompt that shares the batch: the mask hides them.
+    get blocks of zeros, and so does a negative prompt that shares the batch: the mask hides them. Raises ControlError
+    where another control has put its blocks there.
     """
+    if text.positive.shape[1] != sampling.text_tokens:
+        raise ControlError(
+            "two controls put texts of regions beside the prompt of a model with joint attention, where one can: use "
+            "one of EliGen and RegionPrompts."
+        )
     lists = per_prompt(regions, sampling.prompt_count)
     most = max(len(rs) for rs in lists)
     encoded = [sampling.encode([r.text for r in rs]).positive[:, :kept] if rs else None for rs in lists]
@@ -68,9 +74,12 @@ class Entities:
         text, latent = call.queries.text, call.queries.latent
         key = (make, text.start, text.stop, latent.start, latent.stop, call.query.shape[2])
         if key not in self.masks:
-            whole = self.layout, self.prompt, call.queries, call.query.shape[2]
-            self.masks[key] = make(Places(*whole)) if text.stop - text.start > self.prompt else None
+            self.masks[key] = make(self.places(call)) if text.stop - text.start > self.prompt else None
         return self.masks[key]
+
+    def places(self, call: Call) -> Places:
+        """Where everything stands in the sequence of a call."""
+        return Places(self.layout, self.prompt, call.queries, call.query.shape[2])
 
 
 class Places:
