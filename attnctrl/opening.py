@@ -72,10 +72,12 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         guided=bool(arguments.get("do_classifier_free_guidance")),
         text_tokens=text.positive.shape[1],
         encode=encode,
+        sites=[] if run.installation is None else list(run.installation.sites),
     )
     edited = text
     for index, control in enumerate(run.controls):
         if "context" in control.points() and not control.idle:
             with sampling.report.timed(index, control.name, "context", 0):
                 edited = control.context(edited, sampling)
+    sampling.appended = edited.positive.shape[1] - sampling.text_tokens
     return Sampler(run, sampling), outputs if edited is text else family.outputs(edited, outputs)

@@ -159,5 +159,7 @@ def _merge_streams(call: Call, result: torch.Tensor) -> torch.Tensor:
     """The weighted sum of the layer's own attention and that of each further context."""
     merged = result * call.base_weight
     for stream in call.streams:
-        merged = merged + stream.weight * attention(call.query, stream.key, stream.value, None, call.scale)
+        mask = None if stream.groups is None else _grouped(stream.groups, call.mask, call)
+        looked = _attention(call.change(key=stream.key, value=stream.value), mask)
+        merged = merged + stream.weight * looked
     return merged.to(result.dtype)
