@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.utils.rnn import pad_sequence
 
+from attnctrl.encoding import clean_latents
 from attnctrl.errors import ControlError
 from attnctrl.prompt import PromptTokens
 from attnctrl.sampler import Sampler
@@ -72,6 +73,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         guided=bool(arguments.get("do_classifier_free_guidance")),
         text_tokens=text.positive.shape[1],
         encode=encode,
+        clean=lambda source, like: clean_latents(pipe, family, source, like, sampling.latent_grid),
         sites=[] if run.installation is None else list(run.installation.sites),
     )
     edited = text
@@ -79,5 +81,10 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         if "context" in control.points() and not control.idle:
             with sampling.report.timed(index, control.name, "context", 0):
                 edited = control.context(edited, sampling)
-    sampling.appended = edited.positive.shape[1] - sampling.text_tokens
+    for branch, before, after in (
+        ("cond", text.positive, edited.positive),
+        ("uncond", text.negative, edited.negative),
+    ):
+        if before is not None and after is not None:
+            sampling.appended[branch] = after.shape[1] - before.shape[1]
     return Sampler(run, sampling), outputs if edited is text else family.outputs(edited, outputs)

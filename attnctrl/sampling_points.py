@@ -118,9 +118,9 @@ def _again(
         args, kwargs = family.picked(args, kwargs, sampling.batch, crop.pictures)
         args, kwargs = family.with_crop(args, kwargs, grid, crop.rows, crop.columns)
         grid = (grid[0], crop.rows.stop - crop.rows.start, crop.columns.stop - crop.columns.start)
-    # A negative prompt that is encoded in a call of its own got nothing put behind it.
-    if context is None and sampling.appended and (branch == "cond" or family.encodes == 1):
-        context = family.signature.get(args, kwargs, family.names.text)[:, : -sampling.appended]
+    appended = sampling.appended.get(branch, 0)
+    if context is None and appended:
+        context = family.signature.get(args, kwargs, family.names.text)[:, :-appended]
     if pooled is not None:
         args, kwargs = family.with_pooled(args, kwargs, pooled)
     if family.compiled:

@@ -9,30 +9,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attnctrl.control import Where
+from attnctrl.control import Control, Where, Window
 from attnctrl.errors import ControlError
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.layout import Layout, Regions, per_prompt, resolve
 from attnctrl.sampling import Sampling
-from attnctrl.sites import Call
+from attnctrl.sites import Call, Stream
 from attnctrl.text import Text
 
 
 def with_entities(text: Text, sampling: Sampling, regions: Regions, kept: int) -> Text:
-    """The encoded prompt followed by a block of `kept` tokens for each region, encoded alone.
+    """The encoded prompt followed by a block of tokens for each region, encoded alone and cut to `kept` of them.
 
     Behind the prompt rather than before it, so that the prompt's tokens keep their places. Prompts with fewer regions
-    get blocks of zeros, and so does a negative prompt that shares the batch: the mask hides them.
+    get blocks of zeros, and so does a negative prompt that shares the batch: the mask hides them. The texts that an
+    encoder gives fewer tokens than others get zeros as well.
     """
     lists = per_prompt(regions, sampling.prompt_count)
     most = max(len(rs) for rs in lists)
-    width = text.positive.shape[-1]
-    blocks = text.positive.new_zeros(len(lists), most * kept, width)
-    for row, rs in enumerate(lists):
-        if rs:
-            encoded = sampling.encode([r.text for r in rs]).positive[:, :kept]
-            encoded = F.pad(encoded, (0, 0, 0, kept - encoded.shape[1]))
-            blocks[row, : len(rs) * kept] = encoded.flatten(0, 1).to(blocks)
+    encoded = [sampling.encode([r.text for r in rs]).positive[:, :kept] if rs else text.positive[:0] for rs in lists]
+    kept = max(block.shape[1] for block, rs in zip(encoded, lists, strict=True) if rs)
+    blocks = text.positive.new_zeros(len(lists), most, kept, text.positive.shape[-1])
+    for row, block in enumerate(encoded):
+        blocks[row, : len(block), : block.shape[1]] = block[:, :kept].to(blocks)
+    blocks = blocks.flatten(1, 2)
     blocks = blocks.repeat_interleave(sampling.images_per_prompt, dim=0)
     changed = text.change(positive=torch.cat([text.positive, blocks], dim=1))
     if text.negative is not None:
@@ -40,16 +40,43 @@ def with_entities(text: Text, sampling: Sampling, regions: Regions, kept: int) -
     return changed
 
 
+def check_whole(control: Control) -> None:
+    """Raise ControlError for a control that would leave text blocks unmasked in some steps or layers."""
+    where = control.where
+    if control.window != Window() or any(v is not None for v in (where.blocks, where.near, where.max_tokens)):
+        raise ControlError(
+            f"{control.name} puts text of the regions into the sequence of every layer and step, where a narrower "
+            "window or where would leave it in plain sight: keep these, and use the method's own shares of the run."
+        )
+
+
+def both_in_sequence(control: Control, other: Control) -> str | None:
+    """The conflict of two controls that each expect their own text blocks, and no others, behind the prompt."""
+    both = not control.idle and not other.idle and getattr(other, "in_sequence", False)
+    return "both put text of the regions behind the prompt in the joint sequence; use one of them." if both else None
+
+
+def beside(call: Call, groups: TokenGroups, share: float) -> Call:
+    """The call with a second look at its own keys, under other groups, that counts by `share` in [0, 1].
+
+    It counts for the queries that have a group there; what the others get stays as it is.
+    """
+    weight = (share * (groups.query_bits != 0))[:, None, :, None].to(call.query.dtype)
+    return call.shared(1 - weight, Stream(call.key, call.value, weight, groups))
+
+
 @dataclass
 class Entities:
     """The regions of one sampling with the places of their text blocks, and the masks made so far.
 
-    prompt: how many text tokens the prompt itself has. A mask is made once for all layers that agree on the places
-    of their tokens.
+    prompt: how many text tokens the prompt itself has. beside_negative: whether blocks of zeros stand behind the
+    negative prompt; where it is encoded in a call of its own, none do. A mask is made once for all layers that agree
+    on the places of their tokens.
     """
 
     layout: Layout
     prompt: int
+    beside_negative: bool = False
     masks: dict[Any, TokenGroups | None] = field(default_factory=dict)
 
     @classmethod
@@ -61,13 +88,16 @@ class Entities:
                 f"entities need joint attention, where text and latents share one sequence; this model has {kinds}: "
                 "use RegionPrompts or RegionMask."
             )
-        return cls(resolve(sampling, regions, where, how="any", find=False), sampling.text_tokens)
+        layout = resolve(sampling, regions, where, how="any", find=False)
+        return cls(layout, sampling.text_tokens, sampling.appended.get("uncond", 0) > 0)
 
     def mask(self, call: Call, rule: str, make: Callable[[Places], TokenGroups]) -> TokenGroups | None:
         """The groups that `make` builds for calls of this shape; None where the text holds no blocks.
 
         rule: a name for what `make` does, under which the result is kept.
         """
+        if call.branch == "uncond" and not self.beside_negative:
+            return None
         text, latent, total = call.queries.text, call.queries.latent, call.query.shape[2]
         key = (rule, text.start, text.stop, latent.start, latent.stop, total)
         if key not in self.masks:
