@@ -92,7 +92,8 @@ class RAG(Control):
     alone, in a picture of the size of its bounding box, under `Region.phrase`, and what it predicts is what the region
     gets, under classifier-free guidance in both branches. Drawing from the same noise and pasting the prediction in
     every step is drawing the regions apart and pasting their latents before the first common step; it needs no second
-    scheduler, so every scheduler will do. Of overlapping regions the later one is on top.
+    scheduler, so every scheduler will do. Of overlapping regions the later one is on top. The model must know pictures
+    of the boxes' sizes: one trained at a single size, as on the shapes world, draws nothing of use in them.
     Soft refinement: in every layer the latents of a region see its own text, `Region.prompt` or else the phrase, beside
     all latents, and of the result `soft_refinement` is taken, of the stock attention the rest. Regions may have any
     shape and need not tile the picture; what they leave uncovered follows the prompt.
