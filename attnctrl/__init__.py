@@ -4,13 +4,16 @@ from importlib.metadata import version
 
 from attnctrl.control import Control, Descent, Loss, Where, Window
 from attnctrl.controls import (
+    RAG,
     AStar,
     AttendExcite,
     DenseDiffusion,
     EliGen,
+    InpaintFusion,
     LayoutGuidance,
     LoCo,
     Refocus,
+    RegionalFlux,
     RegionMask,
     RegionPrompts,
 )
@@ -21,6 +24,7 @@ from attnctrl.run import Run, control
 
 __version__ = version("attnctrl")
 __all__ = [
+    "RAG",
     "AStar",
     "AttendExcite",
     "Control",
@@ -28,6 +32,7 @@ __all__ = [
     "DenseDiffusion",
     "Descent",
     "EliGen",
+    "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
     "Loss",
@@ -35,6 +40,7 @@ __all__ = [
     "Region",
     "RegionMask",
     "RegionPrompts",
+    "RegionalFlux",
     "Run",
     "Where",
     "Window",

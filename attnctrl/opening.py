@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.utils.rnn import pad_sequence
 
+from attnctrl.encoding import clean_latents
 from attnctrl.errors import ControlError
 from attnctrl.prompt import PromptTokens
 from attnctrl.sampler import Sampler
@@ -80,7 +81,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         guided=bool(arguments.get("do_classifier_free_guidance")),
         text_tokens=text.positive.shape[1],
         encode=encode,
-        negative_apart=family.encodes == 2,
+        clean=lambda source, like: clean_latents(pipe, family, source, like, sampling.latent_grid),
         sites=[] if run.installation is None else list(run.installation.sites),
     )
     edited = text
@@ -90,4 +91,10 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
             edited = control.context(before, sampling)
             if edited is not before:
                 sampling.report.add(index, control.name, "context", 0, None, time.perf_counter() - start)
+    for branch, before_all, after_all in (
+        ("cond", text.positive, edited.positive),
+        ("uncond", text.negative, edited.negative),
+    ):
+        if before_all is not None and after_all is not None:
+            sampling.appended[branch] = after_all.shape[1] - before_all.shape[1]
     return Sampler(run, sampling), outputs if edited is text else family.outputs(edited, outputs)

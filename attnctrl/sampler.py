@@ -40,7 +40,7 @@ class Sampler:
         self.calls = 0
         self.change = Change()
         self.predicted: dict[str, torch.Tensor] = {}
-        self.conditional: tuple[tuple, dict[str, Any]] = ((), {})
+        self.asked: dict[str, tuple[tuple, dict[str, Any]]] = {}
         self.recorder: Recorder | None = None
         self.reader: Reader | None = None
         self.numbered: list[TokenGroups] = []
@@ -96,8 +96,7 @@ class Sampler:
         predicted = self.family.output(output)
         for branch in self.branches():
             self.predicted[branch.name] = predicted[branch.rows]
-            if branch.name == "cond":
-                self.conditional = self.family.picked(args, kwargs, self.rows, branch.rows)
+            self.asked[branch.name] = self.family.picked(args, kwargs, self.rows, branch.rows)
 
     def scheduler_step(self, stock: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The scheduler's step: first the guide point; the same change as the denoiser received; the latents point."""

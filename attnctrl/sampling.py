@@ -47,10 +47,11 @@ class Sampling:
     """What controls may ask about the running pipeline call.
 
     prompts: one string per prompt, None when the pipeline got embeddings only. text_tokens: positions of the text
-    encoder. guided: whether classifier-free guidance runs. encode: the embeddings of any texts, the same tensors for
-    the same texts. negative_apart: the negative prompt is encoded apart, where no `context` sees it. The latent facts
-    are known from the first step on: latent_grid is (frames, height, width), batch counts pictures = prompts *
-    images_per_prompt. begun orders the samplings of a process.
+    encoder. appended: for each guidance branch, how many more the controls put behind them. guided: whether
+    classifier-free guidance runs. encode: the embeddings of any texts, the same tensors for the same texts. clean:
+    makes latents of a picture, or of a tensor as the pipeline returns it, for predictions of the shape of the second
+    argument. The latent facts are known from the first step on: latent_grid is (frames, height, width), batch counts
+    pictures = prompts * images_per_prompt. begun orders the samplings of a process.
     """
 
     prompts: list[str] | None
@@ -60,7 +61,8 @@ class Sampling:
     guided: bool
     text_tokens: int
     encode: Callable[[list[str]], Text]
-    negative_apart: bool = False
+    appended: dict[str, int] = field(default_factory=dict)
+    clean: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     sites: list[Site] = field(default_factory=list)
     latent_grid: Grid = (1, 0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from attnctrl.calls import ordinary
 from attnctrl.descend import Reader, descend
 from attnctrl.errors import ControlError
-from attnctrl.guidance import Prediction
-from attnctrl.sites import MASKS, Step
+from attnctrl.guidance import Crop, Prediction
+from attnctrl.processors.family import Family
+from attnctrl.sites import MASKS, Grid, Step
 
 if TYPE_CHECKING:
     from attnctrl.sampler import Sampler
@@ -75,27 +77,54 @@ def descend_losses(sampler: Sampler, args: tuple, kwargs: dict[str, Any], sample
 
 def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor:
     """The prediction that the guide controls want in place of the pipeline's combination."""
-    grid = sampler.sampling.latent_grid
+    family, grid = sampler.family, sampler.sampling.latent_grid
 
-    def seen(tensor: torch.Tensor) -> torch.Tensor:
-        return sampler.family.unpacked(sampler.family.prediction(tensor, grid), grid)
-
-    def again(context: torch.Tensor | None) -> torch.Tensor:
-        args, kwargs = sampler.conditional
-        if sampler.family.compiled:
-            # The masks of the step travel in the keyword arguments that are sent again here.
-            kwargs = sampler.family.with_extra(kwargs, MASKS, {})
-        with sampler.inside(silent=True):
-            return seen(sampler.family.output(sampler.forward(args, kwargs, None, context)))
+    def toward(clean: torch.Tensor) -> torch.Tensor:
+        args, kwargs = sampler.asked["cond"]
+        drawn = family.unpacked(family.latents(family.sample(args, kwargs), grid), grid)
+        return sampler.schedule.prediction(clean, drawn, step)
 
     uncond = sampler.predicted.get("uncond")
     prediction = Prediction(
-        seen(sampler.predicted["cond"]),
-        None if uncond is None else seen(uncond),
-        sampler.family.unpacked(combined, grid),
-        again,
+        _seen(family, sampler.predicted["cond"], grid),
+        None if uncond is None else _seen(family, uncond, grid),
+        family.unpacked(combined, grid),
+        partial(_again, sampler),
+        toward,
     )
     for one in sampler.active_at("guide", step):
         with sampler.sampling.report.timed(one.index, one.control.name, "guide", step.index):
             prediction = prediction.after(one.control.guide(prediction, step, one.state))
-    return sampler.family.packed(prediction.combined, grid).to(combined.dtype)
+    return family.packed(prediction.combined, grid).to(combined.dtype)
+
+
+def _seen(family: Family, output: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The denoiser's output as pictures."""
+    return family.unpacked(family.prediction(output, grid), grid)
+
+
+def _again(
+    sampler: Sampler,
+    context: torch.Tensor | None = None,
+    *,
+    pooled: torch.Tensor | None = None,
+    crop: Crop | None = None,
+    branch: str = "cond",
+) -> torch.Tensor:
+    """See `Again`."""
+    family, sampling, grid = sampler.family, sampler.sampling, sampler.sampling.latent_grid
+    args, kwargs = sampler.asked[branch]
+    if crop is not None:
+        args, kwargs = family.picked(args, kwargs, sampling.batch, crop.pictures)
+        args, kwargs = family.with_crop(args, kwargs, grid, crop.rows, crop.columns)
+        grid = (grid[0], crop.rows.stop - crop.rows.start, crop.columns.stop - crop.columns.start)
+    appended = sampling.appended.get(branch, 0)
+    if context is None and appended:
+        context = family.signature.get(args, kwargs, family.names.text)[:, :-appended]
+    if pooled is not None:
+        args, kwargs = family.with_pooled(args, kwargs, pooled)
+    if family.compiled:
+        # The masks of the step travel in the keyword arguments that are sent again here.
+        kwargs = family.with_extra(kwargs, MASKS, {})
+    with sampler.inside(silent=True):
+        return _seen(family, family.output(sampler.forward(args, kwargs, None, context)), grid)

@@ -25,12 +25,16 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "refocus": [{"scale": 0.0}, {"cross_weight": 0.0, "self_weight": 0.0}],
     "loco": [{"scale": 0.0}, {"iterations": 0}],
     "eligen": [{"until": 0.0}],
+    "regional-flux": [{"until": 0.0}, {"base_ratio": 1.0}],
+    "rag": [{"hard_binding": 0.0, "soft_refinement": 0.0}, {"hard_binding": 0.0, "until": 0.0}],
     "attend-excite": [{"scale": 0.0}, {"iterations": 0}],
     "a-star": [{"scale": 0.0}, {"iterations": 0}, {"segregation_weight": 0.0, "retention_weight": 0.0}],
+    "inpaint-fusion": [],
 }
 
-CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",)]
-"""The methods that act on separate text keys, so on the UNets; the others have tests of their own."""
+CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task != "editing"]
+"""The methods that act on separate text keys, so on the UNets, and need no given picture; the others have tests of
+their own."""
 
 
 def subject(method: Method) -> Any:

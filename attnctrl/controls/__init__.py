@@ -6,15 +6,18 @@ from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from attnctrl.control import Control, Where
+from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
 from attnctrl.controls.fidelity.a_star import AStar
 from attnctrl.controls.fidelity.attend_excite import AttendExcite
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
 from attnctrl.controls.layout.loco import LoCo
+from attnctrl.controls.layout.rag import RAG
 from attnctrl.controls.layout.refocus import Refocus
 from attnctrl.controls.layout.region_mask import RegionMask
 from attnctrl.controls.layout.region_prompts import RegionPrompts
+from attnctrl.controls.layout.regional_flux import RegionalFlux
 from attnctrl.errors import ControlError
 
 
@@ -58,8 +61,11 @@ REGISTRY = {
         Method("refocus", Refocus, "layout"),
         Method("loco", LoCo, "layout"),
         Method("eligen", EliGen, "layout"),
+        Method("regional-flux", RegionalFlux, "layout"),
+        Method("rag", RAG, "layout"),
         Method("attend-excite", AttendExcite, "fidelity"),
         Method("a-star", AStar, "fidelity"),
+        Method("inpaint-fusion", InpaintFusion, "editing"),
     )
 }
 
@@ -72,16 +78,19 @@ def method(name: str) -> Method:
 
 
 __all__ = [
+    "RAG",
     "REGISTRY",
     "AStar",
     "AttendExcite",
     "DenseDiffusion",
     "EliGen",
+    "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
     "Method",
     "Refocus",
     "RegionMask",
     "RegionPrompts",
+    "RegionalFlux",
     "method",
 ]

@@ -174,6 +174,7 @@ def _merge_streams(call: Call, result: torch.Tensor) -> torch.Tensor:
     """The weighted sum of the layer's own attention and that of each further context."""
     merged = result * call.base_weight
     for stream in call.streams:
-        part = masked_attention(call.query, stream.key, stream.value, stream.groups, call.scale)
-        merged = merged + stream.weight * part
+        mask = None if stream.groups is None else _grouped(stream.groups, call.mask, call)
+        looked = masked_attention(call.query, stream.key, stream.value, mask, call.scale)
+        merged = merged + stream.weight * looked
     return merged.to(result.dtype)

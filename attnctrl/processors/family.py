@@ -22,11 +22,12 @@ from attnctrl.text import Text
 
 @dataclass(frozen=True)
 class Names:
-    """What the denoiser's forward calls the arguments that the run reads."""
+    """What the denoiser's forward calls the arguments that the run reads; pooled is empty where there is none."""
 
     latents: str = "hidden_states"
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
+    pooled: str = ""
     extras: str = ""
     """The keyword whose entries the model hands on to every processor: the way of masks into a compiled model. Empty
     where our processors do not take it, and the model is controlled uncompiled only."""
@@ -121,6 +122,29 @@ class Family:
     def with_text(self, args: tuple, kwargs: dict[str, Any], text: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
         """The arguments with other text embeddings (rows, tokens, channels)."""
         return self.signature.put(args, kwargs, self.names.text, text)
+
+    def with_pooled(self, args: tuple, kwargs: dict[str, Any], pooled: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with another pooled text embedding (rows, channels); the same where the model takes none."""
+        if not self.names.pooled:
+            return args, kwargs
+        return self.signature.put(args, kwargs, self.names.pooled, pooled)
+
+    def with_crop(
+        self, args: tuple, kwargs: dict[str, Any], grid: Grid, rows: slice, columns: slice
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments for a smaller picture: the latent tokens in these rows and columns of the grid, on their own.
+
+        Raises ControlError for families whose denoiser cannot be called so.
+        """
+        sample = self.sample(args, kwargs)
+        if sample.ndim != 4:
+            raise ControlError(
+                f"a part of the picture cannot be drawn on its own by {type(self.model).__name__}: that works with "
+                "UNets, Stable Diffusion 3, PixArt, SANA, FLUX and QwenImage."
+            )
+        side = sample.shape[-2] // grid[1]
+        cut = sample[..., rows.start * side : rows.stop * side, columns.start * side : columns.stop * side]
+        return self.with_sample(args, kwargs, cut.contiguous())
 
     def text_tokens(self, args: tuple, kwargs: dict[str, Any], rows: slice) -> int:
         """How many text tokens the call has; rows: the conditional ones, or those of the call's only branch."""

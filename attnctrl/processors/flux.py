@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from attnctrl.compiled import own_mask
 from attnctrl.processors.family import Family, Names, uncompiled
 from attnctrl.processors.joint import JointProcessor, after_text, blocks_of
-from attnctrl.processors.packing import blocks_of_pictures, own_grid, pictures_of_blocks
+from attnctrl.processors.packing import blocks_of_pictures, cropped, own_grid, pictures_of_blocks
 from attnctrl.processors.work import Work
 from attnctrl.prompt import Reader
 from attnctrl.sites import Call, Grid, Site, Step, TokenLayout
@@ -91,7 +91,7 @@ class FluxFamily(Family):
     describes = "FLUX.1 pipelines (FluxTransformer2DModel)"
     processor = FluxProcessor
     plain = (FluxAttnProcessor,)
-    names = Names(extras="joint_attention_kwargs")
+    names = Names(extras="joint_attention_kwargs", pooled="pooled_projections")
     separate = True
     encodes = 2
     blocks = r"^(single_)?transformer_blocks\.\d+$"
@@ -116,6 +116,22 @@ class FluxFamily(Family):
     def latents(self, sample: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Reference tokens follow the picture's; the conditions of Fill and Control are further channels."""
         return sample[:, : grid[1] * grid[2], : int(self.model.out_channels)]
+
+    def with_text(self, args: tuple, kwargs: dict[str, Any], text: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """Every text token has position 0."""
+        ids = self.signature.get(args, kwargs, "txt_ids")
+        args, kwargs = self.signature.put(args, kwargs, "txt_ids", ids.new_zeros(text.shape[1], ids.shape[-1]))
+        return super().with_text(args, kwargs, text)
+
+    def with_crop(
+        self, args: tuple, kwargs: dict[str, Any], grid: Grid, rows: slice, columns: slice
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Positions count from the crop's own corner."""
+        ids = self.signature.get(args, kwargs, "img_ids")
+        corner = slice(0, rows.stop - rows.start), slice(0, columns.stop - columns.start)
+        ids = cropped(ids.reshape(1, -1, ids.shape[-1]), grid, *corner)[0]
+        args, kwargs = self.signature.put(args, kwargs, "img_ids", ids)
+        return self.with_sample(args, kwargs, cropped(self.sample(args, kwargs), grid, rows, columns))
 
     def unpacked(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         return pictures_of_blocks(latents, grid)

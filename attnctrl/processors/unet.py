@@ -64,6 +64,13 @@ class UNetFamily(Family):
         """Inpainting UNets take more channels than they return, the rest being conditions."""
         return sample[:, : int(self.model.config.out_channels)]
 
+    def with_pooled(self, args: tuple, kwargs: dict[str, Any], pooled: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """SDXL's stands among its conditions."""
+        conditions = self.signature.get(args, kwargs, "added_cond_kwargs")
+        if not conditions or "text_embeds" not in conditions:
+            return args, kwargs
+        return self.signature.put(args, kwargs, "added_cond_kwargs", {**conditions, "text_embeds": pooled})
+
     def text(self, outputs: tuple) -> Text:
         """The result of `encode_prompt`: (positive, negative) or (positive, negative, pooled, negative pooled)."""
         return Text(*outputs)

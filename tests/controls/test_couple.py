@@ -30,7 +30,7 @@ PROMPT, BLOCK, LATENTS = 7, 24, 4
 
 def given(filled: int = BLOCK) -> Sampling:
     """A sampling with joint attention; the texts of the regions are `filled` tokens long and filled up with zeros."""
-    base = replace(sampling("a cat and a dog"), sites=[SITE], text_tokens=PROMPT)
+    base = replace(sampling("a cat and a dog"), sites=[SITE], text_tokens=PROMPT, appended={"cond": 8, "uncond": 8})
 
     def encode(texts: list[str]) -> Text:
         states = base.encode(texts).positive + 1
@@ -116,7 +116,7 @@ def test_out_of_sight_the_prompt_and_the_latents_are_stock(branch: str, at: int)
 
 def test_a_negative_prompt_of_its_own_is_left_alone() -> None:
     control = ac.RegionPrompts(REGIONS)
-    assert not control.acts(step(0), "uncond", control.begin(replace(given(), negative_apart=True)))
+    assert not control.acts(step(0), "uncond", control.begin(replace(given(), appended={"cond": 8})))
 
 
 def test_words_of_the_regions_are_confined_in_the_prompt() -> None:

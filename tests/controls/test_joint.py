@@ -17,21 +17,26 @@ from tests.probes import REGIONS, Output, Probs
 from tests.transformers import FAMILIES, draw
 from tests.videos import VIDEOS
 
-NAMES = tuple(name for name, entry in REGISTRY.items() if "joint" in entry.where.kinds)
+NAMES = tuple(name for name, entry in REGISTRY.items() if "joint" in entry.where.kinds and entry.task != "editing")
 MODELS = {**{name: FAMILIES[name] for name in ("flux", "sd3", "qwen")}, "cogvideox": VIDEOS["cogvideox-rotary"]}
 ATTENTION = tuple(name for name in NAMES if "loss" not in REGISTRY[name].make(()).points())
 LOSSES = tuple(name for name in NAMES if name not in ATTENTION)
 JOINT = ac.Where(kinds=("joint",))
-PROMPTING = ("eligen", "region-prompts")
+PROMPTING = ("eligen", "region-prompts", "regional-flux", "rag")
 """Those that put texts of regions into the sequence."""
 # As in test_all: RegionMask's strong boost leaves losses on word shares nothing to do.
-PARTNER = {"region-mask": "loco", **dict.fromkeys(PROMPTING, "region-mask")}
+# What RAG's regions see of text is their own, so that masks and maps of the prompt's words are nothing to them.
+PARTNER = {"region-mask": "loco", **dict.fromkeys(PROMPTING, "region-mask"), "rag": "refocus"}
 every_model = pytest.mark.parametrize("model", MODELS)
 
 
 def at_work(name: str, **params: Any) -> ac.Control:
-    """The method for the whole run; of so few words each has its share soon, so that Refocus must not be content."""
-    return busy(name, **{"eligen": {"entity_tokens": 4}, "refocus": {"enough": 1.0}}.get(name, {}), **params)
+    """The method for the whole run; of so few words each has its share soon, so that Refocus must not be content.
+
+    RAG without its hard binding, which video models refuse and tests/controls/test_rag.py is about.
+    """
+    usual = {"eligen": {"entity_tokens": 4}, "refocus": {"enough": 1.0}, "rag": {"hard_binding": 0.0}}
+    return busy(name, **usual.get(name, {}), **params)
 
 
 @cache
@@ -69,7 +74,7 @@ def latents_of(model: str, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_table_holds_what_it_should() -> None:
-    assert set(NAMES) == set(REGISTRY)
+    assert set(NAMES) == {name for name, entry in REGISTRY.items() if entry.task != "editing"}
     assert set(LOSSES) == {"layout-guidance", "refocus", "loco", "attend-excite", "a-star"}
 
 
@@ -138,8 +143,10 @@ def test_it_composes_with_another(model: str, name: str) -> None:
 @every_model
 def test_one_control_puts_texts_into_the_sequence(model: str) -> None:
     pipe = pipeline(model)
-    sentence = "two controls put texts of regions beside the prompt .* use one of EliGen and RegionPrompts"
-    with pytest.raises(ac.ControlError, match=sentence), ac.control(pipe, *map(at_work, PROMPTING)):
+    sentence = (
+        "two controls put texts of regions beside the prompt .* use one of EliGen, RegionalFlux, RAG and RegionPrompts"
+    )
+    with pytest.raises(ac.ControlError, match=sentence), ac.control(pipe, *map(at_work, PROMPTING[:2])):
         draw(pipe, MODELS[model], steps=1)
 
 

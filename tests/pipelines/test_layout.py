@@ -68,7 +68,7 @@ def test_a_flux_class_pipeline_is_called_as_it_wants() -> None:
     pipe = FLUX.make()
     layout = LayoutPipeline(pipe)
     assert "eligen" in layout.methods
-    assert "loco" not in layout.methods
+    assert "loco" in layout.methods
     size = {"height": FLUX.size[0], "width": FLUX.size[1], **FLUX.more}
     shared = {"num_inference_steps": 2, "output_type": "latent", **size}
     given = {"entity_tokens": 4, "guidance": 3.0, "generator": generators()}

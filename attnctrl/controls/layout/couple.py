@@ -87,7 +87,6 @@ class JointCouple:
     shares: dict[Grid, tuple[torch.Tensor, torch.Tensor]]
     lone: dict[Grid, torch.Tensor]
     named: torch.Tensor | None
-    negative_apart: bool
     made: dict[Any, Any] = field(default_factory=dict)
 
     def mask(self, call: Call, shown: bool) -> TokenGroups:
@@ -99,9 +98,7 @@ class JointCouple:
         base, rounds = self._made(call, self._streams)
         dtype = call.query.dtype
         base = base.to(dtype)
-        earlier = tuple(Stream(s.key, s.value, s.weight * base, s.groups) for s in call.streams)
-        streams = tuple(Stream(call.key, call.value, weight.to(dtype), groups) for weight, groups in rounds)
-        return call.change(streams=(*earlier, *streams), base_weight=call.base_weight * base)
+        return call.shared(base, *(Stream(call.key, call.value, weight.to(dtype), groups) for weight, groups in rounds))
 
     def _made(self, call: Call, make: Any) -> Any:
         """Once for all layers that agree on the places of their tokens."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from attnctrl.control import Control, Where, param
-from attnctrl.controls.layout.entities import Entities, Places, with_entities
+from attnctrl.controls.layout.entities import Entities, Places, both_in_sequence, check_whole, with_entities
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.layout import Regions
 from attnctrl.sampling import Sampling
@@ -52,6 +52,7 @@ class EliGen(Control):
 
     paper: ClassVar[str] = "arXiv 2501.01097"
     fixes: ClassVar[str] = "objects in the wrong place, from boxes or masks, on transformers"
+    in_sequence: ClassVar[bool] = True
 
     regions: Regions = ()
     until: float = param(1.0, "share of the run in which entities are seen", 0, 1)
@@ -63,7 +64,11 @@ class EliGen(Control):
     def idle(self) -> bool:
         return self.window.empty or self.until == 0 or not any(self.regions)
 
+    def conflict(self, other: Control) -> str | None:
+        return both_in_sequence(self, other)
+
     def context(self, text: Text, sampling: Sampling) -> Text:
+        check_whole(self)
         return with_entities(text, sampling, self.regions, self.entity_tokens)
 
     def begin(self, sampling: Sampling) -> Any:

@@ -114,7 +114,7 @@ class RegionPrompts(Control):
     def acts(self, step: Step, branch: str, state: Any) -> bool:
         if isinstance(state, JointCouple):
             # Everywhere that the texts of the regions must be hidden.
-            return branch != "uncond" or not state.negative_apart
+            return branch != "uncond" or state.entities.beside_negative
         return super().acts(step, branch, state)
 
     def begin(self, sampling: Sampling) -> Any:
@@ -149,7 +149,6 @@ class RegionPrompts(Control):
             shares,
             {grid: (one == 0).all(dim=1) for grid, one in masks.items()},
             None if tokens is None else tokens.any(dim=1),
-            sampling.negative_apart,
         )
 
     def _shares(self, sampling: Sampling, layout: Layout) -> tuple[dict[Grid, torch.Tensor], dict[Grid, Any]]:
@@ -187,7 +186,4 @@ class RegionPrompts(Control):
             Stream(key, value, regions[:, r, :, None][:, None].to(dtype))
             for r, (key, value) in enumerate(keys[call.site.name])
         )
-        share = call.base_weight * base[:, None, :, None].to(dtype)
-        # What an earlier control shared out is scaled along, so that all weights still sum to 1.
-        earlier = tuple(Stream(s.key, s.value, s.weight * base[:, None, :, None].to(dtype)) for s in call.streams)
-        return call.change(streams=(*earlier, *streams), base_weight=share)
+        return call.shared(base[:, None, :, None].to(dtype), *streams)
