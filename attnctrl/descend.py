@@ -33,7 +33,9 @@ class Reader:
         self.closed = False
 
     def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | TokenGroups | None) -> None:
-        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use.
+        shares = None if probs is None else self._shares(call, probs)
+        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use. What
+        # autograd keeps must be the same there, hence the shares before this.
         if self.closed:
             return
         grid = call.queries.grid
@@ -42,15 +44,17 @@ class Reader:
         if call.site.kind != "cross":
             query, key = call.query[:, :, latent], call.key[:, :, latent]
             self.maps.self_[name] = SelfMap(call.site, grid, query, key, _among(mask, latent), call.scale)
-        if call.site.kind != "self":
-            assert probs is not None
-            probs = probs.mean(dim=1)[..., : self.text]
-            if call.site.kind == "joint":
-                probs = probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-8)
-            self.maps.cross[name] = CrossMap(call.site, grid, probs)
+        if shares is not None:
+            self.maps.cross[name] = CrossMap(call.site, grid, shares)
         if self.stop and len(self.maps.cross.keys() | self.maps.self_.keys()) == len(self.names):
             self.closed = True
             raise StopForward
+
+    def _shares(self, call: Call, probs: torch.Tensor) -> torch.Tensor:
+        """The mean over heads for the prompt's own text, (batch, latent tokens, text tokens); in joint attention as
+        shares of the attention to text."""
+        mean = probs.mean(dim=1)[..., : self.text]
+        return mean / mean.sum(dim=-1, keepdim=True).clamp(min=1e-8) if call.site.kind == "joint" else mean
 
 
 def _among(mask: torch.Tensor | TokenGroups | None, latent: slice) -> torch.Tensor | TokenGroups | None:
