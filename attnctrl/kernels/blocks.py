@@ -109,8 +109,9 @@ class SparseBlocks:
         """The same mask on another device; itself where it is there already."""
         if torch.device(device) == self.device:
             return self
-        moved = {name: getattr(self, name) for name in ("visited", "hidden", "pattern", "patterns")}
-        return replace(self, **{name: None if one is None else one.to(device) for name, one in moved.items()})
+        tensors = (self.hidden, self.pattern, self.patterns)
+        hidden, pattern, patterns = (None if one is None else one.to(device) for one in tensors)
+        return replace(self, visited=self.visited.to(device), hidden=hidden, pattern=pattern, patterns=patterns)
 
     def hide_keys(self, hidden: torch.Tensor) -> SparseBlocks:
         """The mask without the keys where `hidden`, bool (batch or 1, keys), is true: for text padding."""

@@ -82,7 +82,7 @@ class _Blocks(torch.autograd.Function):
             block_forward_kernel[(programs,)](
                 *(query, key, value, output, lse),
                 *mask_arguments(mask, lists),
-                *(heads, queries, key.shape[2], scale),
+                *(None, None, mask.key_axis.blocks, heads, queries, key.shape[2], scale),
                 *mask_strides(mask, lists),
                 *(*query.stride(), *key.stride(), *value.stride(), *output.stride()),
                 **constants(head_dim, query.dtype, tile, mask.query_axis.size, mask.key_axis.size),

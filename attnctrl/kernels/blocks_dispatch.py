@@ -18,6 +18,7 @@ FORMS = {
     "triton": "blocks_autograd",
     "flex": "blocks_flex",
     "gather": "blocks_gather",
+    "int8": "blocks_int8",
 }
 """The modules of the forms, imported when they are asked for: not every machine has what they need."""
 MASKED, FULL = "masked", "full"
@@ -58,7 +59,8 @@ def block_attention(
     0 and log-sum-exp -inf.
 
     form: one of FORMS, "masked" or "full" to force it. None: "triton" where it runs; elsewhere "gather", or "masked"
-    where skipping costs more than it saves (dense blocks, or few). All of these give what the mask says.
+    where skipping costs more than it saves (dense blocks, or few). All of these give what the mask says; "int8", which
+    rounds query and key and has no gradients, and "full" are never chosen unless asked for.
     allow_full: whether "full", which attends to every key that is not hidden, may run where it is no slower. For
     masks that stand in for full attention; the result is then closer to it than the mask's. On a GPU that a mask is
     dense is known only if it says so (`SparseBlocks.share`, or `density` was called): nothing waits here.

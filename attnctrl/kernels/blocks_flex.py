@@ -75,7 +75,7 @@ def from_flex(flex: BlockMask) -> SparseBlocks:
     axes = [BlockAxis((int(n),), int(size)) for n, size in zip(flex.seq_lengths, flex.BLOCK_SIZE, strict=True)]
     partial = _map(flex.kv_num_blocks, flex.kv_indices)
     mask = blocks_from_rule(flex.mask_mod, axes[0], axes[1], candidates=partial)
-    if flex.full_kv_num_blocks is None:
+    if flex.full_kv_num_blocks is None or flex.full_kv_indices is None:
         return mask
     full = _map(flex.full_kv_num_blocks, flex.full_kv_indices)
     pattern = None if mask.pattern is None else mask.pattern.masked_fill(full, 0)

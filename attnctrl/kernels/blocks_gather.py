@@ -63,14 +63,15 @@ def block_attention(
     return output, mask.query_axis.join(lse.unflatten(0, (batch, heads, -1))[..., None])[..., 0]
 
 
-def gathered(mask: SparseBlocks, batch: int, heads: int, head_dim: int) -> Iterator[Rows]:
-    """All rows that visit something, those with fewer blocks first; planes are (batch, heads), heads fastest."""
+def gathered(mask: SparseBlocks, planes: tuple[int, int], head_dim: int) -> Iterator[Rows]:
+    """All rows that visit something, those with fewer blocks first. planes: (batch, heads)."""
+    batch, heads = planes
     lists = block_lists(mask)
     device, blocks, size = mask.device, mask.key_axis.blocks, mask.key_axis.size
-    planes = torch.arange(batch * heads, device=device)
+    every = torch.arange(batch * heads, device=device)
     batch_stride, head_stride = lists.strides
     row = torch.arange(lists.rows, device=device)
-    listed = ((planes // heads) * batch_stride + (planes % heads) * head_stride)[:, None] + row
+    listed = ((every // heads) * batch_stride + (every % heads) * head_stride)[:, None] + row
     full, partial = (count.flatten()[listed.flatten()] for count in (lists.full_count, lists.partial_count))
     start = lists.full_start.flatten()[listed.flatten()]
     counts, order = (full + partial).sort(stable=True)
@@ -117,7 +118,7 @@ def _fused(
 ) -> torch.Tensor:
     """The output alone, by PyTorch's fused attention on the gathered keys: (planes * query blocks, size, head_dim)."""
     output = torch.zeros_like(q)
-    for rows in gathered(mask, *planes, q.shape[-1]):
+    for rows in gathered(mask, planes, q.shape[-1]):
         keys, values = (_take(tensor, rows.key) for tensor in (k, v))
         seen = blind = None
         if rows.seen is not None:
@@ -143,7 +144,7 @@ class _Gathered(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         output = torch.zeros_like(q)
         lse = q.new_full(q.shape[:2], float("-inf"))
-        for rows in gathered(mask, *planes, q.shape[-1]):
+        for rows in gathered(mask, planes, q.shape[-1]):
             scores = _scores(q[rows.query], _take(k, rows.key), rows.seen, scale)
             top = scores.amax(dim=-1, keepdim=True)
             top.masked_fill_(top == float("-inf"), 0.0)
@@ -164,7 +165,7 @@ class _Gathered(torch.autograd.Function):
         # With P the probabilities: dS = P (dP - rowsum(dO O) + dLSE). A row that sees nothing has P = exp(-inf).
         offset = grad_lse - (grad_output * output).sum(dim=-1)
         sums = lse.masked_fill(lse == float("-inf"), float("inf"))
-        for rows in gathered(ctx.mask, *ctx.planes, q.shape[-1]):
+        for rows in gathered(ctx.mask, ctx.planes, q.shape[-1]):
             queries, grads = q[rows.query], grad_output[rows.query]
             keys, values = (_take(tensor, rows.key) for tensor in (k, v))
             probs = _scores(queries, keys, rows.seen, ctx.scale).sub_(sums[rows.query][..., None]).exp_()

@@ -92,7 +92,8 @@ def ordered(visited: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     Each kind ascends, so that neighbouring rows read the same keys at about the same time. By counting, not sorting.
     """
     columns = visited.shape[-1]
-    place, before = torch.empty(visited.shape, dtype=torch.int64, device=visited.device), 0
+    place = torch.empty(visited.shape, dtype=torch.int64, device=visited.device)
+    before = place.new_zeros(1)
     for chosen in (full, visited & ~full, ~visited):
         count = chosen.cumsum(dim=-1)
         place = torch.where(chosen, before + count - 1, place)

@@ -67,6 +67,7 @@ def _attend(
     hidden,
     key_first,
     key_length,
+    key_scale,
     row,
     keys,
     scale,
@@ -89,7 +90,8 @@ def _attend(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     for i in range(count * STEPS):
-        start, length = block_bounds(key_first, key_length, tl.load(col_idx + i // STEPS), keys, KEY_BLOCK)
+        block = tl.load(col_idx + i // STEPS)
+        start, length = block_bounds(key_first, key_length, block, keys, KEY_BLOCK)
         column = i % STEPS * BLOCK_N
         first = start + column
         left = length - column
@@ -99,6 +101,8 @@ def _attend(
         )  # fmt: skip
         # The scale is applied to the product: in bf16 keys it would be rounded, and then multiplied by the logits.
         scores = dot(query, k, None, PRECISION)
+        if key_scale is not None:
+            scores = scores.to(tl.float32) * tl.load(key_scale + block)
         if PARTIAL:
             seen = (n < left)[None, :]
             if hidden is not None:
@@ -139,6 +143,9 @@ def block_forward_kernel(
     query_length,
     key_first,
     key_length,
+    query_scale,
+    key_scale,
+    columns,
     heads,
     queries,
     keys,
@@ -173,7 +180,9 @@ def block_forward_kernel(
 ):
     """Grid: (batch * heads * rows * QUERY_BLOCK / BLOCK_M,), tiles fastest, so that a head's keys stay in L2.
 
-    rows: blocks of queries. lse: contiguous (batch, heads, queries). list_b, list_h, hidden_b: strides, 0 where shared.
+    rows, columns: blocks of queries and of keys. lse: contiguous (batch, heads, queries). list_b, list_h, hidden_b:
+    strides, 0 where shared. query_scale, key_scale: contiguous float32 (batch, heads, blocks), what the integers of a
+    quantised query and key stand for; None where these are floats.
     """
     PARTS: tl.constexpr = QUERY_BLOCK // BLOCK_M
     tile = tl.program_id(0) % (rows * PARTS)
@@ -205,16 +214,19 @@ def block_forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), FLOOR, tl.float32)
     scale *= LOG2_E
+    if query_scale is not None:
+        scale *= tl.load(query_scale + plane * rows + block)
+        key_scale += plane * columns
     acc, total, top = _attend(
-        acc, total, top, q, key, value, col_idx + full, None, some_full, None, None, key_first, key_length, row, keys,
-        scale, key_t, key_d, value_t, value_d,
+        acc, total, top, q, key, value, col_idx + full, None, some_full, None, None, key_first, key_length, key_scale,
+        row, keys, scale, key_t, key_d, value_t, value_d,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_BLOCK, KEY_BLOCK, False, PRECISION,
     )  # fmt: skip
     if pattern_idx is not None:
         pattern_idx += partial
     acc, total, top = _attend(
         acc, total, top, q, key, value, col_idx + partial, pattern_idx, some_partial, patterns, hidden, key_first,
-        key_length, row, keys, scale, key_t, key_d, value_t, value_d,
+        key_length, key_scale, row, keys, scale, key_t, key_d, value_t, value_d,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_BLOCK, KEY_BLOCK, True, PRECISION,
     )  # fmt: skip
     blind = total == 0

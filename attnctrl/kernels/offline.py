@@ -36,10 +36,11 @@ KERNELS = {
     "query": query_kernel,
     "key_value": key_value_kernel,
     "block_forward": block_forward_kernel,
+    "block_int8": block_forward_kernel,
     "block_query": block_query_kernel,
     "block_key_value": block_key_value_kernel,
 }
-BLOCKS = "block_"
+BLOCKS, INT8 = "block_", "block_int8"
 """The names of the kernels for sparse blocks begin so. They are compiled with everything that a mask can have."""
 BLOCK = 128
 """The blocks that those are compiled for by default."""
@@ -57,7 +58,8 @@ BLOCK_TYPES = {
     **dict.fromkeys(("pattern_idx", "query_first", "query_length", "key_first", "key_length"), "*i32"),
     "patterns": "*i64",
     "hidden": "*u8",
-    **dict.fromkeys(("rows", "list_h", "hidden_b"), "i32"),
+    **dict.fromkeys(("rows", "columns", "list_h", "hidden_b"), "i32"),
+    **dict.fromkeys(("query_scale", "key_scale"), "*fp32"),
 }
 """The arguments' types, but for the tensors of the element type and their strides."""
 
@@ -66,7 +68,8 @@ BLOCK_TYPES = {
 class Usage:
     """What one kernel uses: registers per thread, bytes of stack per thread, spilling stores, bytes of shared memory.
 
-    matrix: how many instructions of each kind do the products: HMMA (mma), HGMMA (wgmma, sm_90), UTC*MMA (tcgen05).
+    matrix: how many instructions of each kind do the products: HMMA (mma), HGMMA (wgmma, sm_90), UTC*MMA (tcgen05);
+    IMMA and IGMMA for integers.
     """
 
     kernel: str
@@ -105,9 +108,13 @@ def usage(
         raise RuntimeError("Under TRITON_INTERPRET=1 nothing is compiled: unset it before triton is imported.")
     kernel: Any = KERNELS[name]
     if name.startswith(BLOCKS):
-        tiles = blocks_autograd.block_tiles(head_dim, dtype, architecture, block, block)
-        tile = tile or getattr(tiles, name.removeprefix(BLOCKS))
+        role = "forward" if name == INT8 else name.removeprefix(BLOCKS)
+        tile = tile or getattr(blocks_autograd.block_tiles(head_dim, dtype, architecture, block, block), role)
         given, types = blocks_autograd.constants(head_dim, dtype, tile, block, block), BLOCK_TYPES
+        if name == INT8:
+            types = {**types, "query": "*i8", "key": "*i8"}
+        elif role == "forward":
+            given |= {"query_scale": None, "key_scale": None}
     else:
         tile = tile or getattr(tiles_for(head_dim, dtype, architecture), name)
         given, types = constants(head_dim, dtype, tile), TYPES
@@ -124,7 +131,7 @@ def usage(
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     resources, code = _disassemble(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{word}:(\d+)", resources)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
-    found = re.findall(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", code)
+    found = re.findall(r"\b([HI]GMMA|[HI]MMA|UTC\w*MMA)\b", code)
     matrix = {kind: found.count(kind) for kind in sorted(set(found))}
     spills = len(re.findall(r"\bSTL\b", code))
     return Usage(name, architecture, head_dim, dtype, tile, registers, stack, spills, compiled.metadata.shared, matrix)

@@ -60,7 +60,7 @@ def test_rows_are_taken_together_or_one_by_one(rows: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(blocks_gather, "GATHERED", rows * 3 * 16 * 8)
     mask = random_blocks(70, 53, 0.6, (2, 2))
     inputs = tensors(2, 2, 70, 53, 8)
-    taken = list(blocks_gather.gathered(mask, 2, 2, 8))
+    taken = list(blocks_gather.gathered(mask, (2, 2), 8))
     assert max(len(one.query) for one in taken) >= rows
     assert sum(len(one.query) for one in taken) == int(mask.visited.any(dim=-1).sum())
     torch.testing.assert_close(
