@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from attnctrl.kernels.blocks_triton_key import block_key_value_kernel
 from attnctrl.kernels.blocks_triton_query import block_query_kernel
 from attnctrl.kernels.groups import MAX_GROUPS, pack
 from attnctrl.kernels.groups_autograd import addressable, capability, on_device
-from attnctrl.kernels.launch import Tile, Tiles, tiles_for
+from attnctrl.kernels.launch import AMPERE, Tile, Tiles, kind, padded, tiles_for
 
 
 def block_attention(
@@ -50,9 +51,16 @@ def block_attention(
     return output, lse
 
 
+AMPERE_KEY_VALUE = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2)}
+"""fp16 and bf16, by head_dim: with patterns the tiles of `launch` would spill there, by one or two registers."""
+
+
 def block_tiles(head_dim: int, dtype: torch.dtype, capability: int, query_block: int, key_block: int) -> Tiles:
     """The tiles of `launch.tiles_for`, none larger than a block, and four warps for those of 64 rows or fewer."""
     found = tiles_for(head_dim, dtype, capability)
+    size = max(padded(head_dim), 64)
+    if dtype != torch.float32 and kind(capability) == AMPERE and size in AMPERE_KEY_VALUE:
+        found = replace(found, key_value=AMPERE_KEY_VALUE[size])
 
     def fit(tile: Tile, rows: str) -> Tile:
         queries, keys = min(tile.queries, query_block), min(tile.keys, key_block)

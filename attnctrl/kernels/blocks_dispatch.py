@@ -71,17 +71,18 @@ def block_attention(
     query, key, value = autocast(query, key, value)
     check(query, key, value, mask, scale)
     form = form or choose(query, mask, allow_full)
-    if form == FULL:
-        return Attended(*_full(query, key, value, mask, scale, with_lse), form)
-    if form == MASKED:
-        return Attended(*_masked(query, key, value, mask, scale, with_lse), form)
+    attend: Any = {FULL: _full, MASKED: _masked}.get(form) or _module(form).block_attention
+    with torch.autocast(query.device.type, enabled=False):  # each form knows in what precision it computes
+        output, lse = attend(query, key, value, mask, scale, with_lse)
+    return Attended(output, lse if with_lse else None, form)
+
+
+def _module(form: str) -> Any:
     if form not in FORMS:
         raise ValueError(f'There is no form "{form}": choose one of {", ".join([*FORMS, MASKED, FULL])}.')
     if form == "triton" and find_spec("triton") is None:
         raise ValueError("Triton is not installed: use another form, or none, which is plain PyTorch here.")
-    module: Any = import_module(f"attnctrl.kernels.{FORMS[form]}")
-    output, lse = module.block_attention(query, key, value, mask, scale, with_lse)
-    return Attended(output, lse if with_lse else None, form)
+    return import_module(f"attnctrl.kernels.{FORMS[form]}")
 
 
 def choose(query: torch.Tensor, mask: SparseBlocks, allow_full: bool) -> str:

@@ -160,23 +160,36 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, output, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.zeros_like(tensor) for tensor in (q, k, v))
-        # With P the probabilities: dS = P (dP - rowsum(dO O) + dLSE). A row that sees nothing has P = exp(-inf).
-        offset = grad_lse - (grad_output * output).sum(dim=-1)
-        sums = lse.masked_fill(lse == float("-inf"), float("inf"))
-        for rows in gathered(ctx.mask, ctx.planes, q.shape[-1]):
-            queries, grads = q[rows.query], grad_output[rows.query]
-            keys, values = (_take(tensor, rows.key) for tensor in (k, v))
-            probs = _scores(queries, keys, rows.seen, ctx.scale).sub_(sums[rows.query][..., None]).exp_()
-            into_values = probs.transpose(-1, -2) @ grads
-            grad_scores = (grads @ values.transpose(-1, -2)).add_(offset[rows.query][..., None])
-            grad_scores.mul_(probs).mul_(ctx.scale)
-            grad_q[rows.query] = grad_scores @ keys
-            places = rows.key.flatten()
-            for into, part in ((grad_v, into_values), (grad_k, grad_scores.transpose(-1, -2) @ queries)):
-                into.index_add_(0, places, part.reshape(-1, *into.shape[1:]))
-        return grad_q, grad_k, grad_v, None, None, None
+        with torch.autocast(grad_output.device.type, enabled=False):  # its products would be of another type
+            gradients = _gradients(ctx.saved_tensors, grad_output, grad_lse, ctx.mask, ctx.scale, ctx.planes)
+        return *gradients, None, None, None
+
+
+def _gradients(
+    saved: tuple[torch.Tensor, ...],
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor,
+    mask: SparseBlocks,
+    scale: float,
+    planes: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of q, k and v. With P the probabilities: dS = P (dP - rowsum(dO O) + dLSE)."""
+    q, k, v, output, lse = saved
+    grad_q, grad_k, grad_v = (torch.zeros_like(tensor) for tensor in (q, k, v))
+    offset = grad_lse - (grad_output * output).sum(dim=-1)
+    sums = lse.masked_fill(lse == float("-inf"), float("inf"))  # a row that sees nothing has P = exp(-inf)
+    for rows in gathered(mask, planes, q.shape[-1]):
+        queries, grads = q[rows.query], grad_output[rows.query]
+        keys, values = (_take(tensor, rows.key) for tensor in (k, v))
+        probs = _scores(queries, keys, rows.seen, scale).sub_(sums[rows.query][..., None]).exp_()
+        into_values = probs.transpose(-1, -2) @ grads
+        grad_scores = (grads @ values.transpose(-1, -2)).add_(offset[rows.query][..., None])
+        grad_scores.mul_(probs).mul_(scale)
+        grad_q[rows.query] = grad_scores @ keys
+        places = rows.key.flatten()
+        for into, part in ((grad_v, into_values), (grad_k, grad_scores.transpose(-1, -2) @ queries)):
+            into.index_add_(0, places, part.reshape(-1, *into.shape[1:]))
+    return grad_q, grad_k, grad_v
 
 
 def _take(blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -80,10 +80,16 @@ def test_on_a_gpu_full_attention_runs_where_skipping_does_not_pay(
 
 def test_under_autocast_the_widths_may_differ() -> None:
     query, key, value = tensors(1, 2, 70, 53, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        for form in ("gather", "masked"):
-            result = block_attention(query, key, value.bfloat16(), MASKS["random"], SCALE, form=form)
+    wanted, _ = reference.block_attention(query, key, value, MASKS["random"], SCALE)
+    for form in ("gather", "masked"):
+        for with_lse in (False, True):
+            leaf = query.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                result = block_attention(leaf, key, value.bfloat16(), MASKS["random"], SCALE, with_lse, form=form)
+                result.output.float().sum().backward()
             assert result.output.dtype == torch.bfloat16
+            torch.testing.assert_close(result.output.float(), wanted, atol=0.03, rtol=0.03)
+            assert leaf.grad is not None
 
 
 def test_forms_that_cannot_run_here_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
