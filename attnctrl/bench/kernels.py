@@ -1,4 +1,4 @@
-"""`bench kernels`: token groups and columns of the map against what PyTorch offers, in time and memory.
+"""`bench kernels`: token groups, sparse blocks and columns of the map against what PyTorch offers, in time and memory.
 
 At FLUX's sizes on a GPU. Without one, PyTorch's forms run at a small size, which says little about a GPU: the table
 then says that the GPU's figures are not measured.
@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from attnctrl.bench.kernel_blocks import DENSITIES, block_cases, random_blocks
 from attnctrl.bench.kernel_shapes import FLUX, MASKS, SMALL, Shape, share_allowed, share_visited
 from attnctrl.bench.results import Results, Row
 from attnctrl.bench.stats import Estimate, ratio_of_medians
 from attnctrl.bench.tables import markdown
-from attnctrl.kernels import TokenGroups, column_probabilities, group_attention, probabilities
+from attnctrl.kernels import SparseBlocks, TokenGroups, column_probabilities, group_attention, probabilities
 
 COLUMNS = 8
 REPETITIONS, QUICK_REPETITIONS = 30, 5
@@ -63,15 +64,6 @@ def cases(shape: Shape, groups: TokenGroups, device: torch.device) -> Iterator[C
     chosen = torch.arange(COLUMNS, device=device)
     visible = groups.visible(chosen)
 
-    def sdpa(mask: torch.Tensor | None = None, backend: SDPBackend | None = None) -> Callable[..., tuple]:
-        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            if backend is None:
-                return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale),)
-            with sdpa_kernel(backend):
-                return (F.scaled_dot_product_attention(q, k, v, scale=scale),)
-
-        return run
-
     def grouped(form: str | None) -> Callable[..., tuple]:
         return lambda q, k, v: (group_attention(q, k, v, groups, scale, form=form),)
 
@@ -83,17 +75,39 @@ def cases(shape: Shape, groups: TokenGroups, device: torch.device) -> Iterator[C
         probs = probabilities(q, k, dense, scale)
         return probs.to(v.dtype) @ v, probs[..., chosen]
 
-    if device.type == "cuda":
-        for name, backend in BACKENDS.items():
-            yield Case(f"{UNMASKED}, {name}", sdpa(backend=backend))
-    else:
-        yield Case(UNMASKED, sdpa())
+    yield from unmasked(scale, device)
     bits = groups.query_bits.nbytes + groups.key_bits.nbytes
-    yield Case(BOOLEAN, sdpa(dense), dense.nbytes)
+    yield Case(BOOLEAN, sdpa(scale, dense), dense.nbytes)
     yield Case(GROUPS, grouped(None), bits)
     yield Case(FLEX, grouped("flex"), bits)
     yield Case(WITH_COLUMNS, columns, bits)
     yield Case(MATERIALISED, materialised, dense.nbytes)
+
+
+def unmasked(scale: float, device: torch.device) -> Iterator[Case]:
+    """Attention without a mask: on a GPU by each of BACKENDS, on the CPU as PyTorch chooses."""
+    if device.type != "cuda":
+        yield Case(UNMASKED, sdpa(scale))
+        return
+    for name, backend in BACKENDS.items():
+        yield Case(f"{UNMASKED}, {name}", sdpa(scale, backend=backend))
+
+
+def sdpa(scale: float, mask: torch.Tensor | None = None, backend: SDPBackend | None = None) -> Callable[..., tuple]:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if backend is None:
+            return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale),)
+        with sdpa_kernel(backend):
+            return (F.scaled_dot_product_attention(q, k, v, scale=scale),)
+
+    return run
+
+
+def sparse_cases(shape: Shape, mask: SparseBlocks, device: torch.device) -> Iterator[Case]:
+    """What is compared under sparse blocks."""
+    yield from unmasked(shape.head_dim**-0.5, device)
+    for name, run in block_cases(shape, mask, device):
+        yield Case(name, run, mask.visited.nbytes)
 
 
 def time_case(case: Case, shape: Shape, backward: bool, repetitions: int, device: torch.device, seed: int) -> Measured:
@@ -143,27 +157,40 @@ def _events(once: Callable[[], None]) -> float:
 def measure(device: torch.device, repetitions: int, seed: int, results: Results) -> None:
     """Add a row for every shape, mask, direction and case; one that cannot run is a row with its reason."""
     for shape in FLUX if device.type == "cuda" else (SMALL,):
-        for mask, make in MASKS.items():
+        for name, make in MASKS.items():
             groups = make(shape).to(device)
-            about = {
-                "shape": shape.name,
-                "mask": mask,
-                "allowed": share_allowed(groups),
-                "visited": share_visited(groups),
-            }
-            for backward in (False, True):
-                direction = "forward + backward" if backward else "forward"
-                found: dict[str, Measured] = {}
-                for case in tqdm(list(cases(shape, groups, device)), desc=f"{shape.name}, {mask}, {direction}"):
-                    try:
-                        found[case.name] = time_case(case, shape, backward, repetitions, device, seed)
-                    except (RuntimeError, NotImplementedError) as error:  # out of memory; a backend that refuses
-                        reason = str(error).strip().splitlines()[0]
-                        results.add(Row(case.name, 0, 0, error=reason, more={**about, "direction": direction}))
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
-                for row in rows_of(found, repetitions, {**about, "direction": direction}):
-                    results.add(row)
+            about = {"mask": name, "allowed": share_allowed(groups), "visited": share_visited(groups)}
+            compare(shape, list(cases(shape, groups, device)), about, device, repetitions, seed, results)
+        for density in DENSITIES:
+            mask = random_blocks(shape, density, device)
+            about = {"mask": f"blocks, {density}", "allowed": mask.density(), "visited": mask.density()}
+            compare(shape, list(sparse_cases(shape, mask, device)), about, device, repetitions, seed, results)
+
+
+def compare(
+    shape: Shape,
+    under: list[Case],
+    about: dict[str, Any],
+    device: torch.device,
+    repetitions: int,
+    seed: int,
+    results: Results,
+) -> None:
+    """Add the rows of one mask, forward, and forward and backward."""
+    for backward in (False, True):
+        direction = "forward + backward" if backward else "forward"
+        more = {"shape": shape.name, **about, "direction": direction}
+        found: dict[str, Measured] = {}
+        for case in tqdm(under, desc=f"{shape.name}, {about['mask']}, {direction}"):
+            try:
+                found[case.name] = time_case(case, shape, backward, repetitions, device, seed)
+            except (RuntimeError, NotImplementedError) as error:  # out of memory; a backend that refuses
+                reason = str(error).strip().splitlines()[0]
+                results.add(Row(case.name, 0, 0, error=reason, more=more))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        for row in rows_of(found, repetitions, more):
+            results.add(row)
 
 
 def rows_of(found: dict[str, Measured], repetitions: int, about: dict[str, Any]) -> list[Row]:

@@ -76,7 +76,7 @@ def group_attention(
     Raises:
         ValueError: arguments that do not fit together, or a form that cannot run here; the sentence says which.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     if form is None:
         return _automatic(query, key, value, groups, scale, return_lse)
     if form not in FORMS:
@@ -114,7 +114,7 @@ def attention_with_lse(
     which gets no gradient. Shapes, results and errors are those of `group_attention`. A mask that is a tensor is taken
     by chunks of queries on every device, which is slow on a GPU, but for one that hides keys from all queries alike.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     if isinstance(mask, torch.Tensor):
         groups = _from_hidden_keys(mask, query.shape[2])
         if groups is None:
@@ -195,7 +195,7 @@ def _everything(queries: int, keys: int, device: torch.device) -> TokenGroups:
     return TokenGroups.everything(queries, keys, device)
 
 
-def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """What PyTorch's own attention does under autocast: there a normalised query may be wider than its value."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

@@ -49,8 +49,8 @@ def group_attention(
         )
     channels = value.shape[3]
     query, key, value = one_width(query, key, value)
-    tiles = tiles or tiles_for(query.shape[3], query.dtype, _capability(query.device))
-    query, key, value = (_addressable(tensor) for tensor in (query, key, value))
+    tiles = tiles or tiles_for(query.shape[3], query.dtype, capability(query.device))
+    query, key, value = (addressable(tensor) for tensor in (query, key, value))
     output, lse = _Groups.apply(query, key, value, groups, scale, tiles)
     return output[..., :channels], lse
 
@@ -71,7 +71,7 @@ class _Groups(torch.autograd.Function):
         lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
         tile = tiles.forward
         visits = tile_list(groups, tile.queries, tile.keys)
-        with _on(query.device):
+        with on_device(query.device):
             forward_kernel[(batch * heads * visits.rows,)](
                 *(query, key, value, output, lse),
                 *_mask_arguments(groups, visits),
@@ -91,14 +91,14 @@ class _Groups(torch.autograd.Function):
         query, key, value, output, lse = ctx.saved_tensors
         groups, scale, tiles = ctx.groups, ctx.scale, ctx.tiles
         batch, heads, queries, head_dim = query.shape
-        grad_output, grad_lse = _addressable(grad_output.to(query.dtype)), grad_lse.contiguous()
+        grad_output, grad_lse = addressable(grad_output.to(query.dtype)), grad_lse.contiguous()
         grad_query, offsets = torch.empty_like(output), torch.empty_like(lse)
         grad_key, grad_value = (torch.empty(key.shape, dtype=key.dtype, device=key.device) for _ in range(2))
         rows = tile_list(groups, tiles.query.queries, tiles.query.keys)
         columns = tile_list(groups, tiles.key_value.queries, tiles.key_value.keys, by_keys=True)
         sizes = (heads, queries, key.shape[2], scale)
         strides = (*query.stride(), *key.stride(), *value.stride())
-        with _on(query.device):
+        with on_device(query.device):
             query_kernel[(batch * heads * rows.rows,)](
                 *(query, key, value, output, grad_output, lse, grad_lse, grad_query, offsets),
                 *_mask_arguments(groups, rows),
@@ -144,18 +144,18 @@ def constants(head_dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _capability(device: torch.device) -> int:
+def capability(device: torch.device) -> int:
     """Compute capability, 90 for 9.0; in the interpreter any will do."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
 
 
-def _addressable(tensor: torch.Tensor) -> torch.Tensor:
+def addressable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, copied only where one tile of it would span 2^31 elements: the kernels address in 32 bits there."""
     span = HEAD_DIMS[-1] * (tensor.stride(2) + tensor.stride(3))
     return tensor if span < 2**31 else tensor.contiguous()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

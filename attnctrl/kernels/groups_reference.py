@@ -60,9 +60,16 @@ def group_attention(
     A query that sees nothing has output 0 and lse -inf, and no gradient. Allocates queries x keys.
     """
     check(query, key, value, groups, scale)
+    return masked_attention(query, key, value, groups.dense(), scale)
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for any mask: allowed is bool, broadcastable to (batch, heads, queries, keys)."""
     exact = precision(query)
     scores = torch.matmul(query.to(exact), key.to(exact).transpose(-1, -2)) * scale
-    scores = scores.masked_fill(~groups.dense(), float("-inf"))
+    scores = scores.masked_fill(~allowed, float("-inf"))
     blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
     top = scores.detach().amax(dim=-1, keepdim=True).masked_fill(blind, 0.0)
     weights = (scores - top).exp()

@@ -20,6 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from attnctrl.kernels import blocks_autograd
+from attnctrl.kernels.blocks_triton import block_forward_kernel
+from attnctrl.kernels.blocks_triton_key import block_key_value_kernel
+from attnctrl.kernels.blocks_triton_query import block_query_kernel
 from attnctrl.kernels.groups_autograd import constants
 from attnctrl.kernels.groups_triton import forward_kernel
 from attnctrl.kernels.groups_triton_key import key_value_kernel
@@ -27,7 +31,19 @@ from attnctrl.kernels.groups_triton_query import query_kernel
 from attnctrl.kernels.launch import Tile, tiles_for
 
 ARCHITECTURES = (80, 90, 100)
-KERNELS = {"forward": forward_kernel, "query": query_kernel, "key_value": key_value_kernel}
+KERNELS = {
+    "forward": forward_kernel,
+    "query": query_kernel,
+    "key_value": key_value_kernel,
+    "block_forward": block_forward_kernel,
+    "block_int8": block_forward_kernel,
+    "block_query": block_query_kernel,
+    "block_key_value": block_key_value_kernel,
+}
+BLOCKS, INT8 = "block_", "block_int8"
+"""The names of the kernels for sparse blocks begin so. They are compiled with everything that a mask can have."""
+BLOCK = 128
+"""The blocks that those are compiled for by default."""
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 TYPES = {
     **dict.fromkeys(("lse", "grad_lse", "offsets"), "*fp32"),
@@ -36,6 +52,15 @@ TYPES = {
     **dict.fromkeys(("heads", "queries", "keys", "list_b", "query_bits_b", "key_bits_b"), "i32"),
     "scale": "fp32",
 }
+BLOCK_TYPES = {
+    **TYPES,
+    **dict.fromkeys(("full_start", "partial_start"), "*i64"),
+    **dict.fromkeys(("pattern_idx", "query_first", "query_length", "key_first", "key_length"), "*i32"),
+    "patterns": "*i64",
+    "hidden": "*u8",
+    **dict.fromkeys(("rows", "columns", "list_h", "hidden_b"), "i32"),
+    **dict.fromkeys(("query_scale", "key_scale"), "*fp32"),
+}
 """The arguments' types, but for the tensors of the element type and their strides."""
 
 
@@ -43,7 +68,8 @@ TYPES = {
 class Usage:
     """What one kernel uses: registers per thread, bytes of stack per thread, spilling stores, bytes of shared memory.
 
-    matrix: how many instructions of each kind do the products: HMMA (mma), HGMMA (wgmma, sm_90), UTC*MMA (tcgen05).
+    matrix: how many instructions of each kind do the products: HMMA (mma), HGMMA (wgmma, sm_90), UTC*MMA (tcgen05);
+    IMMA and IGMMA for integers.
     """
 
     kernel: str
@@ -68,8 +94,12 @@ class Usage:
 HEAD = ("kernel", "type, head_dim", "tile, warps, stages", "arch", "registers", "stack", "spills", "KiB", "matrix")
 
 
-def usage(name: str, head_dim: int, dtype: torch.dtype, architecture: int, tile: Tile | None = None) -> Usage:
+def usage(
+    name: str, head_dim: int, dtype: torch.dtype, architecture: int, tile: Tile | None = None, block: int = BLOCK
+) -> Usage:
     """Compile one of KERNELS as it is launched for contiguous heads of aligned tensors.
+
+    block: the size of blocks, of queries and of keys, where the kernel is for sparse blocks.
 
     Raises:
         RuntimeError: the kernels are interpreted, or the compiled code cannot be read.
@@ -77,14 +107,23 @@ def usage(name: str, head_dim: int, dtype: torch.dtype, architecture: int, tile:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("Under TRITON_INTERPRET=1 nothing is compiled: unset it before triton is imported.")
     kernel: Any = KERNELS[name]
-    tile = tile or getattr(tiles_for(head_dim, dtype, architecture), name)
-    given = constants(head_dim, dtype, tile)
+    if name.startswith(BLOCKS):
+        role = "forward" if name == INT8 else name.removeprefix(BLOCKS)
+        tile = tile or getattr(blocks_autograd.block_tiles(head_dim, dtype, architecture, block, block), role)
+        given, types = blocks_autograd.constants(head_dim, dtype, tile, block, block), BLOCK_TYPES
+        if name == INT8:
+            types = {**types, "query": "*i8", "key": "*i8"}
+        elif role == "forward":
+            given |= {"query_scale": None, "key_scale": None}
+    else:
+        tile = tile or getattr(tiles_for(head_dim, dtype, architecture), name)
+        given, types = constants(head_dim, dtype, tile), TYPES
     options = {option: given.pop(option) for option in ("num_warps", "num_stages")}
     given |= {argument: 1 for argument in kernel.arg_names if argument.endswith("_d")}
     signature, aligned = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         stride = re.fullmatch(r"(query|key|value|output|grad)_[bht]", argument)
-        kind = "constexpr" if argument in given else "i32" if stride else TYPES.get(argument, f"*{ELEMENTS[dtype]}")
+        kind = "constexpr" if argument in given else "i32" if stride else types.get(argument, f"*{ELEMENTS[dtype]}")
         signature[argument] = kind
         if stride or kind.startswith("*"):  # what the launcher finds out about usual tensors
             aligned[(place,)] = [["tt.divisibility", 16]]
@@ -92,7 +131,7 @@ def usage(name: str, head_dim: int, dtype: torch.dtype, architecture: int, tile:
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     resources, code = _disassemble(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{word}:(\d+)", resources)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
-    found = re.findall(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", code)
+    found = re.findall(r"\b([HI]GMMA|[HI]MMA|UTC\w*MMA)\b", code)
     matrix = {kind: found.count(kind) for kind in sorted(set(found))}
     spills = len(re.findall(r"\bSTL\b", code))
     return Usage(name, architecture, head_dim, dtype, tile, registers, stack, spills, compiled.metadata.shared, matrix)

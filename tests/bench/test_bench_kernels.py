@@ -59,6 +59,7 @@ def test_without_a_gpu_it_says_what_is_not_measured(
     assert "GPU figures: not measured" in text
     assert "- FlexAttention, tiny, isolation, forward + backward: " in text
     rows = json.loads(file.read_text())["rows"]
-    assert {row["mask"] for row in rows} == set(MASKS)
+    assert {row["mask"] for row in rows} == {*MASKS, "blocks, 0.5", "blocks, 0.2"}
+    assert {"sparse blocks (masked)", "sparse blocks (gather)"} <= {row["method"] for row in rows}
     assert all(row["metrics"]["to_unmasked"]["value"] > 0 for row in rows if "error" not in row)
     assert next(row for row in rows if row["method"] == kernels.GROUPS)["metrics"]["to_groups"]["value"] == 1

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from attnctrl.kernels.offline import ARCHITECTURES, KERNELS, cuobjdump
+from attnctrl.kernels.offline import ARCHITECTURES, INT8, KERNELS, cuobjdump
 
 PROGRAM = """
 import json, sys
@@ -43,6 +43,7 @@ def test_default_tiles_do_not_spill_and_use_the_matrix_units(tmp_path: Path) -> 
             assert (stack, spills) == (0, 0), name
             if architecture == 90:
                 assert matrix.get("HGMMA", 0) > 0, f"{name}: no wgmma"
-                assert "HMMA" not in matrix, f"{name}: some products are not wgmma"
+                assert not {"HMMA", "IMMA"} & set(matrix), f"{name}: some products are not wgmma"
+                assert ("IGMMA" in matrix) == (kernel == INT8), name
             else:
                 assert sum(matrix.values()) > 0, name
