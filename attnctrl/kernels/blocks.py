@@ -17,7 +17,8 @@ class SparseBlocks:
     visited: bool (batch or 1, heads or 1, query blocks, key blocks). query_axis, key_axis: how tokens make blocks.
     hidden: bool (batch or 1, keys), keys that nobody sees, such as text padding; None: none.
     pattern: int32, the shape of visited: which of `patterns` holds inside a block. patterns: bool (patterns, query
-    block size, key block size), true where a query sees a key; the first is all true. Both or none.
+    block size, key block size), true where a query sees a key; the first is all true. Both or none; that each number
+    has its pattern is not checked, which would wait.
     share: the share of pairs in visited blocks where whoever made the mask knows it, as a top-k selection does; a
     dispatcher can then use it without waiting for a GPU.
 
