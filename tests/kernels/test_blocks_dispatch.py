@@ -70,7 +70,7 @@ def test_blocks_that_are_dense_or_few_or_small_are_not_skipped(
 def test_on_a_gpu_full_attention_runs_where_skipping_does_not_pay(
     share: float | None, keys: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks_dispatch, "triton_runs", lambda query: True)
+    monkeypatch.setattr(blocks_dispatch, "triton_runs", lambda query, value: True)
     axis = BlockAxis((keys,), 128)
     visited = torch.ones(1, 1, axis.blocks, axis.blocks, dtype=torch.bool, device="meta")  # as a GPU: cannot be read
     mask = SparseBlocks(visited, axis, axis, share=share)
