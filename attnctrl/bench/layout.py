@@ -9,7 +9,7 @@ TABLE = ("present", "in_box", "iou", "bound")
 BOXES = True
 IMAGES, QUICK_IMAGES = 200, 8
 OBJECTS = (2, 3, 4)
-GUIDED_THEN_MASKED = "layout-guidance{scale=80}+region-mask{window=0.4..1}"
+GUIDED_THEN_MASKED = "layout-guidance{near=none;scale=140}+region-mask{window=0.3..1}"
 """Gradients put the objects in place early on, a mask keeps them in their boxes afterwards."""
 
 
