@@ -33,7 +33,8 @@ class Reader:
         self.closed = False
 
     def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | TokenGroups | None) -> None:
-        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use.
+        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use. So
+        # nothing is computed here that saves a tensor for that pass.
         if self.closed:
             return
         grid = call.queries.grid
@@ -44,10 +45,7 @@ class Reader:
             self.maps.self_[name] = SelfMap(call.site, grid, query, key, _among(mask, latent), call.scale)
         if call.site.kind != "self":
             assert probs is not None
-            probs = probs.mean(dim=1)[..., : self.text]
-            if call.site.kind == "joint":
-                probs = probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-8)
-            self.maps.cross[name] = CrossMap(call.site, grid, probs)
+            self.maps.cross[name] = CrossMap(call.site, grid, probs.mean(dim=1)[..., : self.text])
         if self.stop and len(self.maps.cross.keys() | self.maps.self_.keys()) == len(self.names):
             self.closed = True
             raise StopForward
@@ -108,7 +106,7 @@ def descend(
             with suppress(StopForward):
                 forward(leaf, reader)
             reader.closed = True
-            total = sum(_weighted(sampling, running, reader.maps, iteration))
+            total = sum(_weighted(sampling, running, reader.maps.shared(), iteration))
             if not isinstance(total, torch.Tensor) or not total.requires_grad:
                 continue
             gradient = _gradient(total, leaf, running)
