@@ -33,9 +33,8 @@ class Reader:
         self.closed = False
 
     def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | TokenGroups | None) -> None:
-        shares = None if probs is None else self._shares(call, probs)
-        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use. What
-        # autograd keeps must be the same there, hence the shares before this.
+        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use. So
+        # nothing is computed here that saves a tensor for that pass.
         if self.closed:
             return
         grid = call.queries.grid
@@ -44,17 +43,12 @@ class Reader:
         if call.site.kind != "cross":
             query, key = call.query[:, :, latent], call.key[:, :, latent]
             self.maps.self_[name] = SelfMap(call.site, grid, query, key, _among(mask, latent), call.scale)
-        if shares is not None:
-            self.maps.cross[name] = CrossMap(call.site, grid, shares)
+        if call.site.kind != "self":
+            assert probs is not None
+            self.maps.cross[name] = CrossMap(call.site, grid, probs.mean(dim=1)[..., : self.text])
         if self.stop and len(self.maps.cross.keys() | self.maps.self_.keys()) == len(self.names):
             self.closed = True
             raise StopForward
-
-    def _shares(self, call: Call, probs: torch.Tensor) -> torch.Tensor:
-        """The mean over heads for the prompt's own text, (batch, latent tokens, text tokens); in joint attention as
-        shares of the attention to text."""
-        mean = probs.mean(dim=1)[..., : self.text]
-        return mean / mean.sum(dim=-1, keepdim=True).clamp(min=1e-8) if call.site.kind == "joint" else mean
 
 
 def _among(mask: torch.Tensor | TokenGroups | None, latent: slice) -> torch.Tensor | TokenGroups | None:
@@ -112,7 +106,7 @@ def descend(
             with suppress(StopForward):
                 forward(leaf, reader)
             reader.closed = True
-            total = sum(_weighted(sampling, running, reader.maps, iteration))
+            total = sum(_weighted(sampling, running, reader.maps.shared(), iteration))
             if not isinstance(total, torch.Tensor) or not total.requires_grad:
                 continue
             gradient = _gradient(total, leaf, running)

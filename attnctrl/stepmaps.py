@@ -20,7 +20,7 @@ BLUR = (0.21194156, 0.57611688, 0.21194156)
 class CrossMap:
     """Cross-attention of one site. probs: (batch, latent tokens, text tokens), averaged over heads.
 
-    In joint attention, the shares of the attention that goes to the prompt: a latent's sum to 1 there too.
+    What losses get of joint attention are shares of the attention to the prompt: a latent's sum to 1 there too.
     """
 
     site: Site
@@ -74,6 +74,15 @@ class StepMaps:
             {n: m for n, m in self.cross.items() if n in names},
             {n: m for n, m in self.self_.items() if n in names},
         )
+
+    def shared(self) -> StepMaps:
+        """These maps with those of joint attention made shares of the attention to the prompt."""
+
+        def shares(one: CrossMap) -> CrossMap:
+            return replace(one, probs=one.probs / one.probs.sum(dim=-1, keepdim=True).clamp(min=1e-8))
+
+        cross = {name: shares(one) if one.site.kind == "joint" else one for name, one in self.cross.items()}
+        return StepMaps(cross, self.self_)
 
     def cross_layers(self) -> list[CrossMap]:
         """The maps of text, at least one: raises ControlError otherwise."""

@@ -20,7 +20,7 @@ def test_parameters_take_the_kind_of_their_default() -> None:
     assert (loco.scale, loco.iterations, loco.squash, loco.alpha) == (60.0, 3, False, 0.0)
     assert loco.window == Window(0.1, 0.5)
     assert loco.where.near == 0.25
-    assert loco.where.kinds == ("cross", "self")
+    assert loco.where.kinds == ("cross", "self", "joint")
     assert loco.regions is REGIONS
     assert spec.label == "loco{scale=60;iterations=3;squash=false;alpha=0;window=0.1..0.5;near=1/4}"
 
