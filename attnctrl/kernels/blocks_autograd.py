@@ -56,18 +56,26 @@ AMPERE_KEY_VALUE = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2)}
 
 
 def block_tiles(head_dim: int, dtype: torch.dtype, capability: int, query_block: int, key_block: int) -> Tiles:
-    """The tiles of `launch.tiles_for`, none larger than a block, and four warps for those of 64 rows or fewer."""
+    """The tiles of `launch.tiles_for`, none larger than a block.
+
+    One that loses rows to that gets four warps, and backward walks at most 32 tokens at a time: more would spill.
+    """
     found = tiles_for(head_dim, dtype, capability)
     size = max(padded(head_dim), 64)
     if dtype != torch.float32 and kind(capability) == AMPERE and size in AMPERE_KEY_VALUE:
         found = replace(found, key_value=AMPERE_KEY_VALUE[size])
 
-    def fit(tile: Tile, rows: str) -> Tile:
-        queries, keys = min(tile.queries, query_block), min(tile.keys, key_block)
-        smaller = (queries if rows == "queries" else keys) < getattr(tile, rows)
-        return Tile(queries, keys, 4 if smaller else tile.warps, tile.stages)
+    def fit(tile: Tile) -> Tile:
+        return replace(tile, queries=min(tile.queries, query_block), keys=min(tile.keys, key_block))
 
-    return Tiles(fit(found.forward, "queries"), fit(found.query, "queries"), fit(found.key_value, "keys"))
+    forward, query, key_value = fit(found.forward), fit(found.query), fit(found.key_value)
+    if forward.queries < found.forward.queries:
+        forward = replace(forward, warps=4)
+    if query.queries < found.query.queries:
+        query = replace(query, keys=min(query.keys, 32), warps=4)
+    if key_value.keys < found.key_value.keys:
+        key_value = replace(key_value, queries=min(key_value.queries, 32), warps=4)
+    return Tiles(forward, query, key_value)
 
 
 class _Blocks(torch.autograd.Function):
