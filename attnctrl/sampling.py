@@ -16,6 +16,7 @@ from attnctrl.maps import Maps
 from attnctrl.prompt import PromptTokens, find_everywhere
 from attnctrl.report import Report
 from attnctrl.sites import Grid, Site, Step
+from attnctrl.stepmaps import StepMaps
 from attnctrl.text import Text
 
 RECORD_WHERE = Where(near=1 / 16)
@@ -49,7 +50,8 @@ class Sampling:
     prompts: one string per prompt, None when the pipeline got embeddings only. text_tokens: positions of the text
     encoder. guided: whether classifier-free guidance runs. The latent facts are known from the first step on:
     latent_grid is (frames, height, width), batch counts pictures = prompts * images_per_prompt. begun orders the
-    samplings of a process.
+    samplings of a process. read: in the noise point, the maps that the first step would have from a noise of unit
+    variance (batch, channels, height, width) at the sites of a `Where`; differentiable.
     """
 
     prompts: list[str] | None
@@ -71,6 +73,7 @@ class Sampling:
     losses: list[LossValue] = field(default_factory=list)
     report: Report = field(default_factory=Report)
     steps_seen: list[Step] = field(default_factory=list)
+    read: Callable[[torch.Tensor, Where], StepMaps] | None = None
     begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property
