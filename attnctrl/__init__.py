@@ -6,7 +6,10 @@ from attnctrl.control import Control, Descent, Loss, Where, Window
 from attnctrl.controls import (
     AStar,
     AttendExcite,
+    BundledAttention,
+    Conform,
     DenseDiffusion,
+    DivideBind,
     EliGen,
     LayoutGuidance,
     LoCo,
@@ -16,6 +19,7 @@ from attnctrl.controls import (
 )
 from attnctrl.errors import ControlError
 from attnctrl.install import share
+from attnctrl.nouns import find_pairs
 from attnctrl.regions import Region
 from attnctrl.run import Run, control
 
@@ -23,10 +27,13 @@ __version__ = version("attnctrl")
 __all__ = [
     "AStar",
     "AttendExcite",
+    "BundledAttention",
+    "Conform",
     "Control",
     "ControlError",
     "DenseDiffusion",
     "Descent",
+    "DivideBind",
     "EliGen",
     "LayoutGuidance",
     "LoCo",
@@ -39,5 +46,6 @@ __all__ = [
     "Where",
     "Window",
     "control",
+    "find_pairs",
     "share",
 ]

@@ -8,6 +8,9 @@ from typing import Any
 from attnctrl.control import Control, Where
 from attnctrl.controls.fidelity.a_star import AStar
 from attnctrl.controls.fidelity.attend_excite import AttendExcite
+from attnctrl.controls.fidelity.bundled_attention import BundledAttention
+from attnctrl.controls.fidelity.conform import Conform
+from attnctrl.controls.fidelity.divide_bind import DivideBind
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
@@ -60,6 +63,9 @@ REGISTRY = {
         Method("eligen", EliGen, "layout"),
         Method("attend-excite", AttendExcite, "fidelity"),
         Method("a-star", AStar, "fidelity"),
+        Method("conform", Conform, "fidelity"),
+        Method("divide-bind", DivideBind, "fidelity"),
+        Method("bundled-attention", BundledAttention, "fidelity"),
     )
 }
 
@@ -75,7 +81,10 @@ __all__ = [
     "REGISTRY",
     "AStar",
     "AttendExcite",
+    "BundledAttention",
+    "Conform",
     "DenseDiffusion",
+    "DivideBind",
     "EliGen",
     "LayoutGuidance",
     "LoCo",

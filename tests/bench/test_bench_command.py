@@ -93,7 +93,14 @@ def test_a_method_that_cannot_work_is_a_row_with_its_reason(bench: Any, capsys: 
 def test_fidelity_gives_nouns_and_no_boxes(bench: Any) -> None:
     status, found = bench("fidelity --images 2 --objects 3")
     assert status == 0
-    assert [row["method"] for row in found["rows"]] == ["none", "attend-excite", "a-star"]
+    assert [row["method"] for row in found["rows"]] == [
+        "none",
+        "attend-excite",
+        "a-star",
+        "conform",
+        "divide-bind",
+        "bundled-attention",
+    ]
     assert {"present", "bound"} <= set(found["rows"][1]["metrics"])
     assert "in_box" not in found["rows"][1]["metrics"]
 
