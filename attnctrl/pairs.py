@@ -35,6 +35,11 @@ class Words:
     group: torch.Tensor
     noun: torch.Tensor
 
+    @property
+    def bound(self) -> torch.Tensor:
+        """(batch, words, words) bool: the first is a noun and the second an attribute of the same pair."""
+        return self.noun[:, :, None] & ~self.noun[:, None] & (self.group[:, :, None] == self.group[:, None])
+
 
 def named(phrases: Phrases | None, pairs: Pairs | None) -> bool:
     """Whether there is anything to act on: None stands for what the prompt says, empty lists for nothing."""

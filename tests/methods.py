@@ -30,6 +30,13 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "conform": [{"scale": 0.0}, {"iterations": 0, "refinements": 0}],
     "divide-bind": [{"scale": 0.0}, {"iterations": 0, "refinements": 0}],
     "bundled-attention": [{"scale": 0.0}, {"iterations": 0}],
+    "init-no": [{"scale": 0.0, "rounds": 0}, {"scale": 0.0, "iterations": 0}, {"scale": 0.0, "rate": 0.0}],
+    "dynamic-prompt": [
+        {"scale": 0.0},
+        {"iterations": 0},
+        {"attention_weight": 0.0, "background_weight": 0.0, "disjoint_weight": 0.0},
+    ],
+    "opti-prune": [{"rounds": 0, "ratio": 0.0}, {"iterations": 0, "patch": 1}],
 }
 
 CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",)]
@@ -40,6 +47,10 @@ BINDING: dict[str, dict[str, Any]] = {
     "bundled-attention": {"pairs": (("a", "cat"), ("a", "dog"))},
 }
 """Methods that do little where nouns have no attributes; of the tiny prompts the articles must serve."""
+
+
+LIVELY: dict[str, dict[str, Any]] = {"dynamic-prompt": {"scale": 1000.0}}
+"""An untrained model hardly minds its text, so that its embeddings need large steps."""
 
 
 def subject(method: Method) -> Any:
@@ -53,8 +64,8 @@ def busy(name: str, about: Any = None, **params: Any) -> ac.Control:
     """The method at work in every step of the run, with few descents because they cost time."""
     entry = REGISTRY[name]
     usual: dict[str, Any] = {"window": ac.Window(0.0, 1.0)}
-    usual |= {name: 2 for name in ("iterations", "refinements") if name in entry.params}
-    usual |= BINDING.get(name, {})
+    usual |= {name: 2 for name in ("iterations", "refinements", "rounds") if name in entry.params}
+    usual |= BINDING.get(name, {}) | LIVELY.get(name, {})
     return entry.make(subject(entry) if about is None else about, **usual | params)
 
 

@@ -11,6 +11,9 @@ from attnctrl.controls.fidelity.attend_excite import AttendExcite
 from attnctrl.controls.fidelity.bundled_attention import BundledAttention
 from attnctrl.controls.fidelity.conform import Conform
 from attnctrl.controls.fidelity.divide_bind import DivideBind
+from attnctrl.controls.fidelity.dynamic_prompt import DynamicPrompt
+from attnctrl.controls.fidelity.init_no import InitNO
+from attnctrl.controls.fidelity.opti_prune import OptiPrune
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
@@ -65,7 +68,10 @@ REGISTRY = {
         Method("a-star", AStar, "fidelity"),
         Method("conform", Conform, "fidelity"),
         Method("divide-bind", DivideBind, "fidelity"),
+        Method("init-no", InitNO, "fidelity"),
         Method("bundled-attention", BundledAttention, "fidelity"),
+        Method("dynamic-prompt", DynamicPrompt, "fidelity"),
+        Method("opti-prune", OptiPrune, "fidelity"),
     )
 }
 
@@ -85,10 +91,13 @@ __all__ = [
     "Conform",
     "DenseDiffusion",
     "DivideBind",
+    "DynamicPrompt",
     "EliGen",
+    "InitNO",
     "LayoutGuidance",
     "LoCo",
     "Method",
+    "OptiPrune",
     "Refocus",
     "RegionMask",
     "RegionPrompts",

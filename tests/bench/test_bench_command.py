@@ -99,7 +99,10 @@ def test_fidelity_gives_nouns_and_no_boxes(bench: Any) -> None:
         "a-star",
         "conform",
         "divide-bind",
+        "init-no",
         "bundled-attention",
+        "dynamic-prompt",
+        "opti-prune",
     ]
     assert {"present", "bound"} <= set(found["rows"][1]["metrics"])
     assert "in_box" not in found["rows"][1]["metrics"]

@@ -19,7 +19,12 @@ from tests.spies import COND, UNCOND, watch
 # A second method for each. RegionMask's strong boost leaves losses on word shares nothing to do, hence the others.
 PARTNER = dict.fromkeys(REGISTRY, "region-prompts") | {"region-prompts": "region-mask", "region-mask": "loco"}
 REGIONAL = [name for name in CLASSIC if "regions" in REGISTRY[name].control.__dataclass_fields__]
-ATTENTION = [name for name in CLASSIC if set(REGISTRY[name].make(()).points()) & set(ATTENTION_POINTS)]
+ATTENTION = [
+    name
+    for name in CLASSIC
+    if set(REGISTRY[name].make(()).points()) & set(ATTENTION_POINTS) and REGISTRY[name].make(()).branches == ("cond",)
+]
+WORDS = [name for name in CLASSIC if "learned" in vars(REGISTRY[name].control)]
 
 
 @cache
@@ -85,6 +90,7 @@ def test_it_matters_where_the_regions_are(name: str) -> None:
 def test_the_tables_hold_what_they_should() -> None:
     assert REGIONAL == ["region-mask", "region-prompts", "dense-diffusion", "layout-guidance", "refocus", "loco"]
     assert ATTENTION == ["region-mask", "region-prompts", "dense-diffusion"]
+    assert WORDS == ["dynamic-prompt"]
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -96,7 +102,17 @@ def test_an_attention_control_leaves_the_unconditional_half_alone(name: str) -> 
     assert torch.equal(seen.samples[0], stock.samples[0])
 
 
-@pytest.mark.parametrize("name", sorted(set(CLASSIC) - set(ATTENTION)))
+@pytest.mark.parametrize("name", WORDS)
+def test_a_loss_on_words_moves_those_of_the_conditional_half_alone(name: str) -> None:
+    pipe = tiny.sd()
+    stock, seen = watch(pipe, steps=1), watch(pipe, busy(name), steps=1)
+    assert torch.equal(seen.samples[0], stock.samples[0])
+    assert torch.equal(seen.texts[0][UNCOND], stock.texts[0][UNCOND])
+    changed = (seen.texts[0][COND] != stock.texts[0][COND]).any(dim=-1)[0]
+    assert changed.nonzero().flatten().tolist() == [2, 5]  # cat and dog
+
+
+@pytest.mark.parametrize("name", sorted(set(CLASSIC) - set(ATTENTION) - set(WORDS)))
 def test_a_loss_moves_both_halves_by_the_same(name: str) -> None:
     """Both branches of guidance must see the same latents."""
     pipe = tiny.sd()

@@ -10,7 +10,7 @@ import torch
 import attnctrl as ac
 from attnctrl.controls import REGISTRY
 from tests import tiny
-from tests.methods import BINDING, CLASSIC
+from tests.methods import BINDING, CLASSIC, LIVELY
 from tests.probes import REGIONS, Token
 from tests.spies import watched
 
@@ -30,9 +30,10 @@ PER_PROMPT = (
 def make(name: str, regions: Any) -> ac.Control:
     """The method for these regions, or for their phrases; with few descents, because they cost time."""
     entry = REGISTRY[name]
-    few: dict[str, Any] = {name: 2 for name in ("iterations", "refinements") if name in entry.params}
+    few: dict[str, Any] = {name: 2 for name in ("iterations", "refinements", "rounds") if name in entry.params}
     if "regions" in entry.control.__dataclass_fields__:
         return entry.make(regions, **few)
+    few |= LIVELY.get(name, {})
     if name in BINDING:
         own, other = BINDING[name]["pairs"], (("red", "bird"), ("the", "cat"))
         pairs = {REGIONS: own, PER_PROMPT: (own, other)}.get(regions, other)
