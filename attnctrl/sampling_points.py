@@ -128,9 +128,11 @@ def descend_losses(sampler: Sampler, args: tuple, kwargs: dict[str, Any], sample
 
 def with_words(sampler: Sampler, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments with the embeddings that losses have learned so far, in the conditional rows alone."""
+    if sampler.words is None:
+        return args, kwargs
     branches = sampler.family.branches(sampler.rows, sampler.sampling.batch, sampler.calls - 1)
     rows = next((b.rows for b in branches if b.name == "cond"), None)
-    if sampler.words is None or rows is None:
+    if rows is None:
         return args, kwargs
     text = sampler.family.signature.get(args, kwargs, sampler.family.names.text).clone()
     text[rows] += sampler.words.to(text.dtype)
