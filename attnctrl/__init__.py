@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from attnctrl.control import Control, Descent, Loss, Where, Window
 from attnctrl.controls import (
+    RAG,
     AStar,
     AttendExcite,
     BundledAttention,
@@ -13,10 +14,12 @@ from attnctrl.controls import (
     DynamicPrompt,
     EliGen,
     InitNO,
+    InpaintFusion,
     LayoutGuidance,
     LoCo,
     OptiPrune,
     Refocus,
+    RegionalFlux,
     RegionMask,
     RegionPrompts,
 )
@@ -28,6 +31,7 @@ from attnctrl.run import Run, control
 
 __version__ = version("attnctrl")
 __all__ = [
+    "RAG",
     "AStar",
     "AttendExcite",
     "BundledAttention",
@@ -40,6 +44,7 @@ __all__ = [
     "DynamicPrompt",
     "EliGen",
     "InitNO",
+    "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
     "Loss",
@@ -48,6 +53,7 @@ __all__ = [
     "Region",
     "RegionMask",
     "RegionPrompts",
+    "RegionalFlux",
     "Run",
     "Where",
     "Window",

@@ -5,30 +5,34 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
 from attnctrl.errors import ControlError
 
+COMMANDS = {
+    "layout": ("attnctrl.commands.layout", "draw a prompt with objects in their regions"),
+    "methods": ("attnctrl.commands.methods", "list the methods with their parameters"),
+    "bench": ("attnctrl.bench", "measure methods, side by side, on the shapes world"),
+    "train-shapes": ("attnctrl.shapes.train", "train a shipped model anew"),
+}
+"""Each command's module, with `add_arguments` and `main`, and what it does."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends with its sentence on stderr and exit status 2."""
-    # Imported here, one by one, so that --help does not wait for torch.
-    from attnctrl import bench
-    from attnctrl.commands import layout, methods
-    from attnctrl.shapes import train
-
+    argv = sys.argv[1:] if argv is None else argv
+    asked = next((text for text in argv if not text.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="attnctrl", description="Attention control for diffusers pipelines.")
     parser.add_argument("--version", action="version", version=version("attnctrl"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module, text in (
-        ("layout", layout, "draw a prompt with objects in their regions"),
-        ("methods", methods, "list the methods with their parameters"),
-        ("bench", bench, "measure methods, side by side, on the shapes world"),
-        ("train-shapes", train, "train a shipped model anew"),
-    ):
+    for name, (place, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        module.add_arguments(command)
-        command.set_defaults(run=module.main)
+        # The others' modules are not waited for: one of them brings the training of models along.
+        if name == asked:
+            module = import_module(place)
+            module.add_arguments(command)
+            command.set_defaults(run=module.main)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args) or 0)

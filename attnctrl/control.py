@@ -17,7 +17,7 @@ from attnctrl.sites import Call, Site, Step
 
 if TYPE_CHECKING:
     from attnctrl.guidance import Prediction
-    from attnctrl.kernels.groups import TokenGroups
+    from attnctrl.kernels import LowRankBias, TokenGroups
     from attnctrl.sampling import Sampling
     from attnctrl.stepmaps import StepMaps
     from attnctrl.text import Text
@@ -152,6 +152,13 @@ class Control:
         """Why this control cannot work beside `other`; None when it can."""
         return None
 
+    def acts(self, step: Step, branch: str, state: Any) -> bool:
+        """Whether the attention points are asked in this step and guidance branch: by default as the fields say.
+
+        For controls whose `context` added tokens to the text, which must be hidden elsewhere.
+        """
+        return step.progress in self.window and branch in self.branches
+
     def begin(self, sampling: Sampling) -> Any:
         """Called once per sampling, when the latent grid is known: check the input, return this run's state."""
         return None
@@ -166,10 +173,11 @@ class Control:
         """Edit query, key, value, or add streams."""
         return call
 
-    def mask(self, call: Call, state: Any) -> torch.Tensor | TokenGroups | None:
+    def mask(self, call: Call, state: Any) -> torch.Tensor | TokenGroups | LowRankBias | None:
         """What may be seen: bool (True = visible) or additive float, broadcastable to (batch, heads, queries, keys).
 
-        On sequences of many thousands of tokens: `TokenGroups`, which no kernel turns into an array of pairs.
+        On sequences of many thousands of tokens: `TokenGroups`, which no kernel turns into an array of pairs, and for
+        additive masks of few regions a `LowRankBias`, which may hold such groups.
 
         A control whose only attention point is this one, and whose mask depends on the site alone, also runs
         under torch.compile: its mask is asked for once per site with `call.query` absent (see `run.py`).
@@ -185,7 +193,10 @@ class Control:
         return probs
 
     def attend(self, call: Call, state: Any) -> torch.Tensor | None:
-        """Replace the attention: (batch, heads, queries, head_dim), or None to leave it to the next control."""
+        """Replace the attention: (batch, heads, queries, head_dim), or None to leave it to the next control.
+
+        Query and key have further channels where another control's mask is a `LowRankBias`.
+        """
         return None
 
     def output(self, output: torch.Tensor, call: Call, state: Any) -> torch.Tensor:
@@ -196,7 +207,7 @@ class Control:
     def noise(self, noise: torch.Tensor, sampling: Sampling, state: Any) -> torch.Tensor:
         """Choose the start: (batch, channels, height, width) of unit variance.
 
-        `sampling.read(noise, where)` gives the maps that the first step would have from a noise, differentiable.
+        `sampling.maps_of(noise, where)` gives the maps that the first step would have from a noise, differentiable.
         """
         return noise
 

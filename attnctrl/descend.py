@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from attnctrl.control import Descent
 from attnctrl.errors import ControlError
+from attnctrl.kernels import TokenGroups
 from attnctrl.processors.work import StopForward
 from attnctrl.sampling import Active, LossValue, Sampling
 from attnctrl.sites import Call
@@ -21,27 +23,49 @@ HALF_LOSS_SCALES = (1024.0, 1.0, 1 / 1024)
 
 
 class Reader:
-    """Collects the maps of the sites that the losses read and ends the forward pass after the last one."""
+    """Collects the maps of the sites that the losses read and ends the forward pass after the last one.
 
-    def __init__(self, names: frozenset[str], stop: bool) -> None:
-        self.names, self.stop = names, stop
+    text: how many text tokens the prompt has; what controls put behind it is left out.
+    """
+
+    def __init__(self, names: frozenset[str], stop: bool, text: int) -> None:
+        self.names, self.stop, self.text = names, stop, text
         self.maps = StepMaps()
         self.closed = False
 
-    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use.
+    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | TokenGroups | None) -> None:
+        shares = None if probs is None else self._shares(call, probs)
+        # Gradient checkpointing runs the processors again in the backward pass, when the maps are already in use. What
+        # autograd keeps must be the same there, hence the shares before this.
         if self.closed:
             return
         grid = call.queries.grid
         assert grid is not None
-        if call.site.kind == "self":
-            self.maps.self_[call.site.name] = SelfMap(call.site, grid, call.query, call.key, mask, call.scale)
-        else:
-            assert probs is not None
-            self.maps.cross[call.site.name] = CrossMap(call.site, grid, probs.mean(dim=1))
-        if self.stop and len(self.maps.cross) + len(self.maps.self_) == len(self.names):
+        name, latent = call.site.name, call.queries.latent
+        if call.site.kind != "cross":
+            query, key = call.query[:, :, latent], call.key[:, :, latent]
+            self.maps.self_[name] = SelfMap(call.site, grid, query, key, _among(mask, latent), call.scale)
+        if shares is not None:
+            self.maps.cross[name] = CrossMap(call.site, grid, shares)
+        if self.stop and len(self.maps.cross.keys() | self.maps.self_.keys()) == len(self.names):
             self.closed = True
             raise StopForward
+
+    def _shares(self, call: Call, probs: torch.Tensor) -> torch.Tensor:
+        """The mean over heads for the prompt's own text, (batch, latent tokens, text tokens); in joint attention as
+        shares of the attention to text."""
+        mean = probs.mean(dim=1)[..., : self.text]
+        return mean / mean.sum(dim=-1, keepdim=True).clamp(min=1e-8) if call.site.kind == "joint" else mean
+
+
+def _among(mask: torch.Tensor | TokenGroups | None, latent: slice) -> torch.Tensor | TokenGroups | None:
+    """The part of a mask that is about latents as queries and as keys."""
+    if mask is None:
+        return None
+    if isinstance(mask, TokenGroups):
+        return TokenGroups(mask.query_bits[:, latent], mask.key_bits[:, latent])
+    rows = mask if mask.shape[-2] == 1 else mask[..., latent, :]
+    return rows if rows.shape[-1] == 1 else rows[..., latent]
 
 
 @dataclass
@@ -100,7 +124,7 @@ def descend(
                 break
             leaf = moved.detach().requires_grad_(any(m.learned is None for m in running))
             word_leaf = None if words is None else words.to(text.dtype).detach().requires_grad_(True)
-            reader = Reader(wanted, stop)
+            reader = Reader(wanted, stop, sampling.text_tokens)
             with suppress(StopForward):
                 forward(leaf, word_leaf, reader)
             reader.closed = True
@@ -120,7 +144,9 @@ def descend(
                 if learned is None:
                     latents(moved).sub_(latents(gradient).to(moved.dtype))
                 elif words is not None:
-                    words = words - gradient * learned[..., None].to(gradient)
+                    # Text that controls put behind the prompt is nobody's to learn.
+                    named = F.pad(learned, (0, gradient.shape[1] - learned.shape[1]))
+                    words = words - gradient * named[..., None].to(gradient)
         return latents(moved).float() - start, None if words is None else words - text.float()
 
 

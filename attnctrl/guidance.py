@@ -4,8 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of some of the pictures, as a picture of its own.
+
+    pictures: of the batch. rows, columns: of the latent grid, both with start and stop.
+    """
+
+    pictures: slice
+    rows: slice
+    columns: slice
+
+
+class Again(Protocol):
+    """Runs the denoiser once more in this step, without controls.
+
+    context: other text embeddings (pictures, tokens, channels); by default the branch's own, without what controls put
+    behind it. pooled: with them, for models that take one, (pictures, channels). crop: draw this part alone, rather
+    than all pictures. branch: "cond" or "uncond". Returns a prediction like those of `Prediction`, of the crop's size.
+    Raises ControlError for crops of models that cannot draw them.
+    """
+
+    def __call__(
+        self,
+        context: torch.Tensor | None = None,
+        *,
+        pooled: torch.Tensor | None = None,
+        crop: Crop | None = None,
+        branch: str = "cond",
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -13,14 +45,15 @@ class Prediction:
     """The denoiser's predictions of one step, each (batch, channels, height, width), frames before height for video.
 
     uncond is None without classifier-free guidance. combined: what the pipeline made of the two and the scheduler
-    would get. again: run the denoiser once more on the conditional rows of this step, without controls, with other
-    text embeddings of shape (batch, tokens, channels) if given.
+    would get. again: further predictions. toward: the prediction under which a picture (batch or 1, channels, height,
+    width) of clean latents is what the denoiser sees without its noise.
     """
 
     cond: torch.Tensor
     uncond: torch.Tensor | None
     combined: torch.Tensor
-    again: Callable[[torch.Tensor | None], torch.Tensor]
+    again: Again
+    toward: Callable[[torch.Tensor], torch.Tensor]
 
     @property
     def scale(self) -> float:

@@ -1,12 +1,15 @@
-"""Loading a pipeline by name: the shipped models, a folder, or a hub id."""
+"""Loading a pipeline by name, the shipped models, a folder, or a hub id; and calling it like any other."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from attnctrl.errors import ControlError
+from attnctrl.processors import family_of
 
 SHIPPED = "shapes-"
 
@@ -14,19 +17,39 @@ SHIPPED = "shapes-"
 def load_pipeline(model: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
     """A text-to-image pipeline.
 
-    model: "shapes-sd" for a shipped model, else what diffusers' `from_pretrained` takes (safetensors only).
+    model: "shapes-sd", "shapes-dit" or, with its LoRA, "shapes-dit+entities" for a shipped model, else what diffusers'
+    `from_pretrained` takes (safetensors only).
     device: default CUDA where there is one, else CPU. dtype: default float16 on CUDA, float32 elsewhere.
-    Raises ControlError when there is no shipped model of that name.
+    Raises ControlError when there is no shipped model of that name, or its LoRA cannot be loaded.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     if model.startswith(SHIPPED):
         from attnctrl import shapes
 
-        try:
-            return shapes.load(model.removeprefix(SHIPPED), dtype=dtype, device=device)
-        except ValueError as error:
-            raise ControlError(f"{error}.") from None
+        return shapes.load(model.removeprefix(SHIPPED), dtype=dtype, device=device)
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(model, use_safetensors=True).to(device, dtype)
+
+
+def call_arguments(
+    pipe: Any, prompt: str | list[str], guidance: float | None = None, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What to call `pipe` with for `prompt`, which is among it.
+
+    guidance: a scale that means the same on every model, where 1 is none: `guidance_scale` of Stable Diffusion and of
+    models distilled to it, `true_cfg_scale` with an empty negative prompt of other FLUX- and Qwen-class models; None
+    for the pipeline's own default. given: further arguments, which win. Added is what the model cannot do without,
+    such as a `max_sequence_length` that its text encoder has positions for.
+    Raises ControlError for arguments that the pipeline's call does not have.
+    """
+    given = given or {}
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    for name in given:
+        if name not in accepted:
+            known = ", ".join(n for n in accepted if n != "self")
+            raise ControlError(f'a call of {type(pipe).__name__} has no "{name}": it has {known}.')
+    family = family_of(pipe)
+    scale = {} if guidance is None else family.guidance(pipe, prompt, guidance)
+    return {"prompt": prompt, **family.required(pipe), **scale, **given}

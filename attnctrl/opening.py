@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.utils.rnn import pad_sequence
 
+from attnctrl.encoding import clean_latents
 from attnctrl.errors import ControlError
 from attnctrl.prompt import PromptTokens
 from attnctrl.sampler import Sampler
@@ -32,17 +34,24 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
     if prompts is not None and len(prompts) != count:
         raise ControlError(f"control(prompt=...) names {len(prompts)} prompts for embeddings of {count}.")
 
-    def tokenize() -> list[list[PromptTokens]]:
+    def tokenize(alone: list[str] | None = None) -> list[list[PromptTokens]]:
         per_encoder = []
         for reader in family.readers(pipe, arguments):
-            texts = arguments.get(reader.argument) or prompts or []
+            texts = alone or arguments.get(reader.argument) or prompts or []
             texts = [texts] if isinstance(texts, str) else texts
             # Textual inversion spreads one word over several tokens; the pipeline does the same before encoding.
             convert = getattr(pipe, "maybe_convert_prompt", lambda t, _: t)
             per_encoder.append([reader.read(convert(t, reader.tokenizer)) for t in texts])
         return [list(one) for one in zip(*per_encoder, strict=True)]
 
+    encoded: dict[tuple[str, ...], Text] = {}
+
     def encode(texts: list[str]) -> Text:
+        if tuple(texts) not in encoded:
+            encoded[tuple(texts)] = encode_anew(texts)
+        return encoded[tuple(texts)]
+
+    def encode_anew(texts: list[str]) -> Text:
         given: dict[str, Any] = {}
         for name, parameter in inspect.signature(stock).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -72,10 +81,20 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         guided=bool(arguments.get("do_classifier_free_guidance")),
         text_tokens=text.positive.shape[1],
         encode=encode,
+        clean=lambda source, like: clean_latents(pipe, family, source, like, sampling.latent_grid),
+        sites=[] if run.installation is None else list(run.installation.sites),
     )
     edited = text
     for index, control in enumerate(run.controls):
         if "context" in control.points() and not control.idle:
-            with sampling.report.timed(index, control.name, "context", 0):
-                edited = control.context(edited, sampling)
+            before, start = edited, time.perf_counter()
+            edited = control.context(before, sampling)
+            if edited is not before:
+                sampling.report.add(index, control.name, "context", 0, None, time.perf_counter() - start)
+    for branch, before_all, after_all in (
+        ("cond", text.positive, edited.positive),
+        ("uncond", text.negative, edited.negative),
+    ):
+        if before_all is not None and after_all is not None:
+            sampling.appended[branch] = after_all.shape[1] - before_all.shape[1]
     return Sampler(run, sampling), outputs if edited is text else family.outputs(edited, outputs)

@@ -11,7 +11,7 @@ import torch
 from attnctrl.errors import ControlError
 from attnctrl.nouns import NounPhrase, Word, find_pairs
 from attnctrl.prompt import PromptTokens
-from attnctrl.subjects import Phrases, phrase_lists, resolve_phrases
+from attnctrl.subjects import Phrases, Subjects, contenders, phrase_lists, resolve_phrases
 
 if TYPE_CHECKING:
     from attnctrl.sampling import Sampling
@@ -24,14 +24,12 @@ Pairs = Sequence[Pair] | Sequence[Sequence[Pair]]
 
 
 @dataclass(frozen=True)
-class Words:
-    """The words of all pairs, rows being pictures; prompts with fewer words are padded.
+class Words(Subjects):
+    """The words of all pairs as subjects; prompts with fewer words are padded.
 
-    tokens: (batch, words, text tokens) bool, empty for padding. group: (batch, words) number of the pair, -1 for
-    padding. noun: (batch, words) bool, one per pair.
+    group: (batch, words) number of the pair, -1 for padding. noun: (batch, words) bool, one per pair.
     """
 
-    tokens: torch.Tensor
     group: torch.Tensor
     noun: torch.Tensor
 
@@ -47,8 +45,8 @@ def named(phrases: Phrases | None, pairs: Pairs | None) -> bool:
     return given is None or any(isinstance(one, NounPhrase) or len(one) > 0 for one in given)
 
 
-def subject_tokens(sampling: Sampling, phrases: Phrases | None) -> torch.Tensor:
-    """(batch, subjects, text tokens) bool of the phrases; None: of every noun of the prompt.
+def resolve_subjects(sampling: Sampling, phrases: Phrases | None) -> Subjects:
+    """The phrases tied to the prompts; None: every noun of the prompt.
 
     Raises ControlError as `resolve_phrases` does, and when a prompt has no noun.
     """
@@ -56,7 +54,7 @@ def subject_tokens(sampling: Sampling, phrases: Phrases | None) -> torch.Tensor:
         return resolve_phrases(sampling, phrases)
     words = resolve_pairs(sampling)
     nouns = [tokens[noun] for tokens, noun in zip(words.tokens, words.noun, strict=True)]
-    return torch.nn.utils.rnn.pad_sequence(nouns, batch_first=True)
+    return Subjects(torch.nn.utils.rnn.pad_sequence(nouns, batch_first=True), words.contenders)
 
 
 def resolve_pairs(sampling: Sampling, phrases: Phrases | None = None, pairs: Pairs | None = None) -> Words:
@@ -84,8 +82,10 @@ def resolve_pairs(sampling: Sampling, phrases: Phrases | None = None, pairs: Pai
         for w, (g, word, is_noun) in enumerate(words):
             tokens[p, w, list(sampling.find(word.text, p, word.occurrence))] = True
             group[p, w], noun[p, w] = g, is_noun
-    rows = (t.to(sampling.device).repeat_interleave(sampling.images_per_prompt, dim=0) for t in (tokens, group, noun))
-    return Words(*rows)
+    tokens, group, noun = (
+        t.to(sampling.device).repeat_interleave(sampling.images_per_prompt, dim=0) for t in (tokens, group, noun)
+    )
+    return Words(tokens, contenders(sampling), group, noun)
 
 
 def _prompt(sampling: Sampling, p: int) -> PromptTokens:

@@ -59,8 +59,9 @@ class Reader:
 
 
 def _within(start: int, end: int, length: int) -> tuple[int, int]:
-    """Characters of the prompt only: a token of the template around it has none."""
-    return (int(start), int(end)) if 0 <= start < end <= length else (0, 0)
+    """Characters of the prompt only: a token of the template around it has none, and some hold the space before it."""
+    inside = start < end and end > 0 and start < length
+    return (max(int(start), 0), min(int(end), length)) if inside else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,27 @@ class PromptTokens:
     limit: int
     end: int
     offset: int = 0
+
+    @property
+    def start(self) -> int | None:
+        """Where the first token stands among the denoiser's text tokens, None where it is a word.
+
+        CLIP's start token, a language model's first mark: much attention goes there, to nothing in particular.
+        """
+        first = self.spans[0] if self.spans else (0, 1)
+        return None if first[0] < first[1] else self.offset
+
+    def contenders(self, stop: int) -> range:
+        """Places of the tokens whose maps compete in shares of words, among the denoiser's text tokens.
+
+        stop: where this encoder's tokens end. With one start token, as CLIP has, all but that and the last position,
+        as published for CLIP, whose padding was trained. Else the first word to the end-of-text token: neither a
+        chat's opening nor padding.
+        """
+        first = next((i for i, (a, b) in enumerate(self.spans) if a < b), 0)
+        if first == 1:
+            return range(self.offset + 1, stop - 1)
+        return range(self.offset + first, min(self.offset + self.end + 1, stop))
 
     def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
         """Token positions of each place where `phrase` stands in the prompt as whole words, ignoring case."""

@@ -9,6 +9,7 @@ import torch
 
 from attnctrl.control import Control
 from attnctrl.errors import ControlError
+from attnctrl.kernels import TokenGroups
 from attnctrl.layout import phrases_of
 from attnctrl.maps import Maps
 from attnctrl.sampling import RECORD_WHERE
@@ -66,7 +67,7 @@ class Recorder:
             )
         return cls(sampling.maps, names)
 
-    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    def __call__(self, call: Call, probs: torch.Tensor | None, mask: torch.Tensor | TokenGroups | None) -> None:
         assert probs is not None
         assert self.maps.tokens is not None
         assert call.queries.grid is not None

@@ -22,6 +22,7 @@ from attnctrl.schedule import Schedule
 from attnctrl.sites import MASKS, Grid, Site, Step
 
 if TYPE_CHECKING:
+    from attnctrl.kernels import TokenGroups
     from attnctrl.run import Run
 
 
@@ -40,9 +41,10 @@ class Sampler:
         self.change = Change()
         self.words: torch.Tensor | None = None  # what losses have added to the text, (pictures, tokens, channels)
         self.predicted: dict[str, torch.Tensor] = {}
-        self.conditional: tuple[tuple, dict[str, Any]] = ((), {})
+        self.asked: dict[str, tuple[tuple, dict[str, Any]]] = {}
         self.recorder: Recorder | None = None
         self.reader: Reader | None = None
+        self.numbered: list[TokenGroups] = []
         self.inner = False
         self.silent = False
         self.rows = self.text = 0
@@ -83,7 +85,7 @@ class Sampler:
             args, kwargs = self.family.with_sample(args, kwargs, changed)
         if self.family.compiled:
             assert self.sampling.step is not None
-            masks = site_masks(self, self.sampling.step)
+            masks = site_masks(self, self.sampling.step, sample)
             if masks:
                 kwargs = self.family.with_extra(kwargs, MASKS, masks)
         return args, kwargs
@@ -96,8 +98,7 @@ class Sampler:
         predicted = self.family.output(output)
         for branch in self.branches():
             self.predicted[branch.name] = predicted[branch.rows]
-            if branch.name == "cond":
-                self.conditional = self.family.picked(args, kwargs, self.rows, branch.rows)
+            self.asked[branch.name] = self.family.picked(args, kwargs, self.rows, branch.rows)
 
     def scheduler_step(self, stock: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The scheduler's step: first the guide point; the same change as the denoiser received; the latents point."""
@@ -147,9 +148,9 @@ class Sampler:
         step = self.sampling.step
         if self.silent or step is None:
             return None
-        here = [a for a in self.sampling.by_site.get(site.name, ()) if step.progress in a.control.window]
+        here = self.sampling.by_site.get(site.name, ())
         branches = self.branches()
-        active = {b.name: tuple(a for a in here if b.name in a.control.branches) for b in branches}
+        active = {b.name: tuple(a for a in here if a.control.acts(step, b.name, a.state)) for b in branches}
         controlled = any(active.values())
         if self.reader is not None:
             observe: Any = self.reader if site.name in self.reader.names else None
@@ -173,14 +174,12 @@ class Sampler:
 
     # one sampling --------------------------------------------------------------------------------------------
     def _start(self, sample: torch.Tensor, grid: Grid) -> None:
-        """The latents are known now: find the sites, let every control check its input and make its state."""
+        """The latents are known now: let every control check its input and make its state."""
         self.started = True
-        sampling = self.sampling
-        installation = self.run.installation
+        sampling, installation = self.sampling, self.run.installation
         assert installation is not None
         sampling.latent_grid = grid
         sampling.device, sampling.dtype = sample.device, sample.dtype
-        sampling.sites = list(installation.sites)
         for index, control in enumerate(self.run.controls):
             if control.idle:
                 continue

@@ -48,19 +48,24 @@ class Sampling:
     """What controls may ask about the running pipeline call.
 
     prompts: one string per prompt, None when the pipeline got embeddings only. text_tokens: positions of the text
-    encoder. guided: whether classifier-free guidance runs. The latent facts are known from the first step on:
-    latent_grid is (frames, height, width), batch counts pictures = prompts * images_per_prompt. begun orders the
-    samplings of a process. read: in the noise point, the maps that the first step would have from a noise of unit
-    variance (batch, channels, height, width) at the sites of a `Where`; differentiable.
+    encoder. appended: for each guidance branch, how many more the controls put behind them. guided: whether
+    classifier-free guidance runs. encode: the embeddings of any texts, the same tensors for the same texts. clean:
+    makes latents of a picture, or of a tensor as the pipeline returns it, for predictions of the shape of the second
+    argument. The latent facts are known from the first step on: latent_grid is (frames, height, width), batch counts
+    pictures = prompts * images_per_prompt. begun orders the samplings of a process. maps_of: in the noise point, the
+    maps that the first step would have from a noise of unit variance (batch, channels, height, width) at the sites of
+    a `Where`; differentiable.
     """
 
     prompts: list[str] | None
-    tokenize: Callable[[], list[list[PromptTokens]]]
+    tokenize: Callable[..., list[list[PromptTokens]]]
     images_per_prompt: int
     prompt_count: int
     guided: bool
     text_tokens: int
     encode: Callable[[list[str]], Text]
+    appended: dict[str, int] = field(default_factory=dict)
+    clean: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     sites: list[Site] = field(default_factory=list)
     latent_grid: Grid = (1, 0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -73,13 +78,22 @@ class Sampling:
     losses: list[LossValue] = field(default_factory=list)
     report: Report = field(default_factory=Report)
     steps_seen: list[Step] = field(default_factory=list)
-    read: Callable[[torch.Tensor, Where], StepMaps] | None = None
+    maps_of: Callable[[torch.Tensor, Where], StepMaps] | None = None
     begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property
     def tokens(self) -> list[list[PromptTokens]]:
         """For each prompt, its tokens under each of the model's tokenizers."""
         return self.tokenize()
+
+    def read(self, texts: list[str]) -> list[list[PromptTokens]]:
+        """For each text, encoded alone by `encode`, its tokens under each of the model's tokenizers."""
+        return self.tokenize(texts) if texts else []
+
+    @property
+    def joint(self) -> bool:
+        """Whether the model has joint attention, where text and latents are one sequence."""
+        return any(site.kind == "joint" for site in self.sites)
 
     @property
     def batch(self) -> int:

@@ -13,10 +13,11 @@ from attnctrl.calls import ordinary
 from attnctrl.control import Where
 from attnctrl.descend import Reader, descend
 from attnctrl.errors import ControlError
-from attnctrl.guidance import Prediction
+from attnctrl.guidance import Crop, Prediction
+from attnctrl.processors.family import Family
 from attnctrl.processors.work import StopForward
 from attnctrl.sampling import Active
-from attnctrl.sites import MASKS, Step
+from attnctrl.sites import MASKS, Grid, Step
 from attnctrl.stepmaps import StepMaps
 
 if TYPE_CHECKING:
@@ -70,15 +71,15 @@ def edit_noise(sampler: Sampler, args: tuple, kwargs: dict[str, Any], sample: to
         start = family.unpacked(family.latents(given, grid).float() / factor, grid)
         # What a control learns here must not be of a caller's inference mode.
         with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-            sampler.sampling.read = partial(_read, sampler, args, kwargs, given, factor, one, stack)
+            sampler.sampling.maps_of = partial(_maps_of, sampler, args, kwargs, given, factor, one, stack)
             with sampler.sampling.report.timed(one.index, one.control.name, "noise", step.index):
                 wanted = one.control.noise(start, sampler.sampling, one.state)
-            sampler.sampling.read = None
+            sampler.sampling.maps_of = None
         # The difference before the factor: noise handed back unchanged must change nothing, rounding included.
         sampler.change.add(family.packed((wanted - start) * factor, grid))
 
 
-def _read(
+def _maps_of(
     sampler: Sampler,
     args: tuple,
     kwargs: dict[str, Any],
@@ -89,11 +90,12 @@ def _read(
     noise: torch.Tensor,
     where: Where,
 ) -> StepMaps:
-    """See `Sampling.read`; the pass stays open in `stack`."""
+    """See `Sampling.maps_of`; the pass stays open in `stack`."""
     stack.close()
     forward, _ = stack.enter_context(reading(sampler, args, kwargs, one.control.name))
     grid = sampler.sampling.latent_grid
-    reader = Reader(frozenset(site_names(sampler, where)), stop=not sampler.family.checkpointed)
+    names, stop = frozenset(site_names(sampler, where)), not sampler.family.checkpointed
+    reader = Reader(names, stop, sampler.sampling.text_tokens)
     drawn = given.clone()
     sampler.family.latents(drawn, grid).copy_(sampler.family.packed(noise * factor, grid))
     with suppress(StopForward):
@@ -141,27 +143,54 @@ def with_words(sampler: Sampler, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
 def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor:
     """The prediction that the guide controls want in place of the pipeline's combination."""
-    grid = sampler.sampling.latent_grid
+    family, grid = sampler.family, sampler.sampling.latent_grid
 
-    def seen(tensor: torch.Tensor) -> torch.Tensor:
-        return sampler.family.unpacked(sampler.family.prediction(tensor, grid), grid)
-
-    def again(context: torch.Tensor | None) -> torch.Tensor:
-        args, kwargs = sampler.conditional
-        if sampler.family.compiled:
-            # The masks of the step travel in the keyword arguments that are sent again here.
-            kwargs = sampler.family.with_extra(kwargs, MASKS, {})
-        with sampler.inside(silent=True):
-            return seen(sampler.family.output(sampler.forward(args, kwargs, None, context)))
+    def toward(clean: torch.Tensor) -> torch.Tensor:
+        args, kwargs = sampler.asked["cond"]
+        drawn = family.unpacked(family.latents(family.sample(args, kwargs), grid), grid)
+        return sampler.schedule.prediction(clean, drawn, step)
 
     uncond = sampler.predicted.get("uncond")
     prediction = Prediction(
-        seen(sampler.predicted["cond"]),
-        None if uncond is None else seen(uncond),
-        sampler.family.unpacked(combined, grid),
-        again,
+        _seen(family, sampler.predicted["cond"], grid),
+        None if uncond is None else _seen(family, uncond, grid),
+        family.unpacked(combined, grid),
+        partial(_again, sampler),
+        toward,
     )
     for one in sampler.active_at("guide", step):
         with sampler.sampling.report.timed(one.index, one.control.name, "guide", step.index):
             prediction = prediction.after(one.control.guide(prediction, step, one.state))
-    return sampler.family.packed(prediction.combined, grid).to(combined.dtype)
+    return family.packed(prediction.combined, grid).to(combined.dtype)
+
+
+def _seen(family: Family, output: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The denoiser's output as pictures."""
+    return family.unpacked(family.prediction(output, grid), grid)
+
+
+def _again(
+    sampler: Sampler,
+    context: torch.Tensor | None = None,
+    *,
+    pooled: torch.Tensor | None = None,
+    crop: Crop | None = None,
+    branch: str = "cond",
+) -> torch.Tensor:
+    """See `Again`."""
+    family, sampling, grid = sampler.family, sampler.sampling, sampler.sampling.latent_grid
+    args, kwargs = sampler.asked[branch]
+    if crop is not None:
+        args, kwargs = family.picked(args, kwargs, sampling.batch, crop.pictures)
+        args, kwargs = family.with_crop(args, kwargs, grid, crop.rows, crop.columns)
+        grid = (grid[0], crop.rows.stop - crop.rows.start, crop.columns.stop - crop.columns.start)
+    appended = sampling.appended.get(branch, 0)
+    if context is None and appended:
+        context = family.signature.get(args, kwargs, family.names.text)[:, :-appended]
+    if pooled is not None:
+        args, kwargs = family.with_pooled(args, kwargs, pooled)
+    if family.compiled:
+        # The masks of the step travel in the keyword arguments that are sent again here.
+        kwargs = family.with_extra(kwargs, MASKS, {})
+    with sampler.inside(silent=True):
+        return _seen(family, family.output(sampler.forward(args, kwargs, None, context)), grid)

@@ -41,6 +41,27 @@ class Schedule:
             return 1.0
         return float(self.scheduler.scale_model_input(torch.ones(1), self.scheduler.timesteps[step.index]))
 
+    def prediction(self, clean: torch.Tensor, sample: torch.Tensor, step: Step) -> torch.Tensor:
+        """What a denoiser would predict that took `clean` for the picture in its input `sample`; float32.
+
+        Both (batch, channels, height, width). With sample = (1 - s) clean + s noise under rectified flow and
+        sample = sqrt(1 - s^2) clean + s noise else, it is noise - clean for the one, and for the other whichever of
+        noise, velocity and picture the scheduler's `prediction_type` names.
+        """
+        scheduler, config = self.scheduler, self.scheduler.config
+        clean, sample = clean.float(), sample.float()
+        sigmas = getattr(scheduler, "sigmas", None)
+        kind = config.get("prediction_type", "flow_prediction")
+        if kind == "flow_prediction" or config.get("use_flow_sigmas", False):
+            return (sample - clean) / (step.noise if sigmas is None else float(sigmas[step.index]))
+        if kind == "sample":
+            return clean
+        # sigma^2 counts noise against a picture of weight 1; the denoiser's input has unit variance.
+        variance = float(sigmas[step.index]) ** 2 if sigmas is not None else None
+        kept = float(scheduler.alphas_cumprod[int(step.timestep)]) if variance is None else 1 / (1 + variance)
+        noise = (sample - kept**0.5 * clean) / (1 - kept) ** 0.5
+        return noise if kind == "epsilon" else kept**0.5 * noise - (1 - kept) ** 0.5 * clean
+
     @property
     def start_scale(self) -> float:
         """What pipelines multiply the first noise by."""

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from attnctrl.kernels.groups import TokenGroups
 
 Grid = tuple[int, int, int]
 """Latent tokens as (frames, height, width); pictures have one frame."""
@@ -86,12 +89,15 @@ class Step:
 class Stream:
     """Another context that the queries attend to: its own softmax, merged by weight.
 
-    key, value: (batch, heads, keys, head_dim). weight: (batch, 1, queries, 1), in [0, 1].
+    key, value: (batch, heads, keys, head_dim). weight: (batch, 1, queries, 1), in [0, 1]. groups: which of these keys
+    each query sees, None for all, for a second look at the layer's own keys: what the model itself hides is hidden
+    there too, and the masks of controls speak of the first look.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     weight: torch.Tensor
+    groups: TokenGroups | None = None
 
 
 @dataclass(frozen=True)
@@ -122,3 +128,12 @@ class Call:
     def change(self, **fields: Any) -> Call:
         """A copy with some fields replaced."""
         return replace(self, **fields)
+
+    def shared(self, rest: torch.Tensor, *streams: Stream) -> Call:
+        """A copy with further streams, whose weights and `rest`, (batch, 1, queries, 1), sum to 1.
+
+        What earlier controls shared out is scaled by `rest` along with the layer's own context, so that all weights
+        still sum to 1.
+        """
+        earlier = tuple(replace(stream, weight=stream.weight * rest) for stream in self.streams)
+        return replace(self, streams=(*earlier, *streams), base_weight=self.base_weight * rest)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from attnctrl.errors import ControlError
-from attnctrl.kernels import attention, probabilities
+from attnctrl.kernels import TokenGroups, masked_attention, probabilities
 from attnctrl.sites import Grid, Site
 
 # 1-D weights of the 3x3 blur of Attend-and-Excite's code: its kernel is exp(-((x - mu) / (2 * 0.5))^2), a Gaussian of
@@ -18,7 +18,10 @@ BLUR = (0.21194156, 0.57611688, 0.21194156)
 
 @dataclass(frozen=True)
 class CrossMap:
-    """Cross-attention of one site. probs: (batch, latent tokens, text tokens), averaged over heads."""
+    """Cross-attention of one site. probs: (batch, latent tokens, text tokens), averaged over heads.
+
+    In joint attention, the shares of the attention that goes to the prompt: a latent's sum to 1 there too.
+    """
 
     site: Site
     grid: Grid
@@ -27,13 +30,16 @@ class CrossMap:
 
 @dataclass(frozen=True)
 class SelfMap:
-    """Self-attention of one site, kept as query and key (batch, heads, tokens, head_dim)."""
+    """Self-attention of one site, kept as query and key (batch, heads, tokens, head_dim).
+
+    In joint attention, that of the latents among themselves, as if there were no text.
+    """
 
     site: Site
     grid: Grid
     query: torch.Tensor
     key: torch.Tensor
-    mask: torch.Tensor | None
+    mask: torch.Tensor | TokenGroups | None
     scale: float
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
@@ -43,7 +49,7 @@ class SelfMap:
         """
         heads = self.query.shape[1]
         spread = values.to(self.query.dtype)[:, None].expand(-1, heads, -1, -1)
-        return attention(self.query, self.key, spread, self.mask, self.scale).float().mean(dim=1)
+        return masked_attention(self.query, self.key, spread, self.mask, self.scale).float().mean(dim=1)
 
     def rows(self, positions: torch.Tensor) -> torch.Tensor:
         """What single latent tokens attend to, averaged over heads: no array is tokens x tokens.
@@ -54,7 +60,10 @@ class SelfMap:
         index = positions[:, None, :, None]
         query = self.query.gather(2, index.expand(-1, heads, -1, size))
         mask = self.mask
-        if mask is not None and mask.shape[-2] > 1:
+        if isinstance(mask, TokenGroups):
+            bits = mask.query_bits.expand(len(query), -1).gather(1, positions)
+            mask = TokenGroups(bits, mask.key_bits).dense()
+        elif mask is not None and mask.shape[-2] > 1:
             mask = mask.expand(len(query), -1, -1, -1).gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[-1]))
         return probabilities(query, self.key, mask, self.scale).mean(dim=1)
 
@@ -64,7 +73,8 @@ class SelfMap:
 
     def dense(self) -> torch.Tensor:
         """The attention matrix averaged over heads, (batch, tokens, tokens): for coarse grids only."""
-        return probabilities(self.query, self.key, self.mask, self.scale).mean(dim=1)
+        mask = self.mask.dense() if isinstance(self.mask, TokenGroups) else self.mask
+        return probabilities(self.query, self.key, mask, self.scale).mean(dim=1)
 
 
 @dataclass
@@ -82,10 +92,21 @@ class StepMaps:
         )
 
     def cross_layers(self) -> list[CrossMap]:
-        """The cross-attention maps, at least one: raises ControlError otherwise."""
+        """The maps of text, at least one: raises ControlError otherwise."""
         if not self.cross:
-            raise ControlError("the loss reads cross-attention maps, but `where` selects no cross-attention site.")
+            raise ControlError("the loss reads maps of text, but `where` selects no cross- or joint-attention site.")
         return list(self.cross.values())
+
+    def self_layers(self, grid: Grid) -> list[SelfMap]:
+        """The self-attention maps on `grid`, at least one: raises ControlError otherwise."""
+        found = [layer for layer in self.self_.values() if layer.grid == grid]
+        if not found:
+            raise ControlError(
+                f"the loss reads self-attention on the grid {grid}, where `where` selects none: widen it, or switch "
+                "that part of the loss off (self_weight=0, background_weight=0, sharpen=False): SANA's has no "
+                "maps."
+            )
+        return found
 
     def mean_cross(self) -> tuple[torch.Tensor, Grid]:
         """The mean over sites, (batch, latent tokens, text tokens), and its grid: all sites must share one grid."""
@@ -107,13 +128,12 @@ def phrase_maps(probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return share @ probs[..., : tokens.shape[-1]].transpose(1, 2)
 
 
-def token_shares(probs: torch.Tensor, sharpness: float = 100.0) -> torch.Tensor:
-    """Attend-and-Excite's preparation: without the first (start) and last position, softmax(sharpness * A) over tokens.
+def token_shares(probs: torch.Tensor, contenders: torch.Tensor, sharpness: float = 100.0) -> torch.Tensor:
+    """Attend-and-Excite's preparation: softmax(sharpness * A) over the tokens that compete, 0 for the others.
 
-    probs: (batch, latent tokens, text tokens) -> the same shape, zeros in the dropped columns.
+    probs: (batch, latent tokens, text tokens); contenders: (batch, text tokens) bool. -> the same shape as probs.
     """
-    inner = (probs[..., 1:-1] * sharpness).softmax(dim=-1)
-    return F.pad(inner, (1, 1))
+    return (probs * sharpness).masked_fill(~contenders[:, None], float("-inf")).softmax(dim=-1)
 
 
 def blur(maps: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,32 @@ if TYPE_CHECKING:
 
 Phrases = Sequence[str] | Sequence[Sequence[str]]
 """One list for every prompt, or one list per prompt."""
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """tokens: (batch, phrases, text tokens) bool, those of each phrase; prompts with fewer have empty rows.
+
+    contenders: (batch, text tokens) bool, the tokens that compete in shares of words.
+    """
+
+    tokens: torch.Tensor
+    contenders: torch.Tensor
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """(batch, phrases) bool, False for empty rows."""
+        return self.tokens.any(dim=-1)
+
+
+def contenders(sampling: Sampling) -> torch.Tensor:
+    """(batch, text tokens) bool: see `PromptTokens.contenders`; the union where encoders share places."""
+    rows = torch.zeros(sampling.prompt_count, sampling.text_tokens, dtype=torch.bool)
+    for p, encoders in enumerate(sampling.tokens):
+        for one in encoders:
+            stop = min((other.offset for other in encoders if other.offset > one.offset), default=rows.shape[1])
+            rows[p, list(one.contenders(stop))] = True
+    return rows.to(sampling.device).repeat_interleave(sampling.images_per_prompt, dim=0)
 
 
 def flat(phrases: Phrases) -> list[str]:
@@ -39,8 +66,8 @@ def phrase_lists(sampling: Sampling, phrases: Phrases) -> list[list[str]]:
     return lists
 
 
-def resolve_phrases(sampling: Sampling, phrases: Phrases) -> torch.Tensor:
-    """(batch, phrases, text tokens) bool; prompts with fewer phrases are padded with empty rows.
+def resolve_phrases(sampling: Sampling, phrases: Phrases) -> Subjects:
+    """Tie the phrases to the prompts of a sampling.
 
     Raises ControlError when a phrase is not in its prompt or the lists do not match the prompts.
     """
@@ -49,4 +76,5 @@ def resolve_phrases(sampling: Sampling, phrases: Phrases) -> torch.Tensor:
     for p, names in enumerate(lists):
         for i, phrase in enumerate(names):
             rows[p, i, list(sampling.find(phrase, p))] = True
-    return rows.to(sampling.device).repeat_interleave(sampling.images_per_prompt, dim=0)
+    tokens = rows.to(sampling.device).repeat_interleave(sampling.images_per_prompt, dim=0)
+    return Subjects(tokens, contenders(sampling))

@@ -25,6 +25,8 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "refocus": [{"scale": 0.0}, {"cross_weight": 0.0, "self_weight": 0.0}],
     "loco": [{"scale": 0.0}, {"iterations": 0}],
     "eligen": [{"until": 0.0}],
+    "regional-flux": [{"until": 0.0}, {"base_ratio": 1.0}],
+    "rag": [{"hard_binding": 0.0, "soft_refinement": 0.0}, {"hard_binding": 0.0, "until": 0.0}],
     "attend-excite": [{"scale": 0.0}, {"iterations": 0}],
     "a-star": [{"scale": 0.0}, {"iterations": 0}, {"segregation_weight": 0.0, "retention_weight": 0.0}],
     "conform": [{"scale": 0.0}, {"iterations": 0, "refinements": 0}],
@@ -37,10 +39,12 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
         {"attention_weight": 0.0, "background_weight": 0.0, "disjoint_weight": 0.0},
     ],
     "opti-prune": [{"rounds": 0, "ratio": 0.0}, {"iterations": 0, "patch": 1}],
+    "inpaint-fusion": [],
 }
 
-CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",)]
-"""The methods that act on separate text keys, so on the UNets; the others have tests of their own."""
+CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task != "editing"]
+"""The methods that act on separate text keys, so on the UNets, and need no given picture; the others have tests of
+their own."""
 
 BINDING: dict[str, dict[str, Any]] = {
     "conform": {"pairs": (("a", "cat"), ("a", "dog")), "shares": True},
@@ -97,7 +101,7 @@ def sampling(prompt: str | list[str] = tiny.PROMPT, grid: tuple[int, int] = (2, 
 
     return Sampling(
         prompts=prompts,
-        tokenize=lambda: [[Reader(tiny.tokenizer()).read(p)] for p in prompts],
+        tokenize=lambda texts=prompts: [[Reader(tiny.tokenizer()).read(t)] for t in texts],
         images_per_prompt=images,
         prompt_count=len(prompts),
         guided=True,

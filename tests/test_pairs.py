@@ -9,7 +9,8 @@ import torch
 
 import attnctrl as ac
 from attnctrl.nouns import find_pairs
-from attnctrl.pairs import Words, named, resolve_pairs, subject_tokens
+from attnctrl.pairs import Words, named, resolve_pairs, resolve_subjects
+from attnctrl.subjects import contenders
 from tests.methods import sampling
 
 PROMPT = "a red cat and the bird"  # tokens 1 to 6
@@ -64,16 +65,19 @@ def test_a_phrase_without_one_noun_counts_as_a_whole() -> None:
 def test_prompts_and_pictures() -> None:
     found = resolve_pairs(sampling([PROMPT, "a dog"], images=2))
     assert found.tokens.shape == (4, 3, 24)
+    assert torch.equal(found.contenders, contenders(sampling([PROMPT, "a dog"], images=2)))
     assert listing(found, 1) == RED_CAT_AND_BIRD
     assert listing(found, 2) == listing(found, 3) == [([2], 0, True), ([], -1, False), ([], -1, False)]
 
 
 def test_subjects_are_phrases_or_all_nouns() -> None:
     given = sampling([PROMPT, "a dog"])
-    assert [row.nonzero().tolist() for row in subject_tokens(given, None)] == [[[0, 3], [1, 6]], [[0, 2]]]
-    phrases = subject_tokens(given, (("red cat",), ("dog",)))
-    assert [row.nonzero().tolist() for row in phrases] == [[[0, 2], [0, 3]], [[0, 2]]]
-    assert torch.equal(subject_tokens(given, None)[1, 1], torch.zeros(24, dtype=torch.bool))
+    nouns = resolve_subjects(given, None)
+    assert [row.nonzero().tolist() for row in nouns.tokens] == [[[0, 3], [1, 6]], [[0, 2]]]
+    assert torch.equal(nouns.contenders, contenders(given))
+    assert nouns.valid.tolist() == [[True, True], [True, False]]
+    phrases = resolve_subjects(given, (("red cat",), ("dog",)))
+    assert [row.nonzero().tolist() for row in phrases.tokens] == [[[0, 2], [0, 3]], [[0, 2]]]
 
 
 def test_what_is_named() -> None:

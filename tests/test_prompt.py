@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import attnctrl as ac
 from attnctrl.prompt import PromptTokens, Reader, find_everywhere
 from tests import tiny
-from tests.parts import t5_tokenizer
+from tests.parts import qwen_tokenizer, t5_tokenizer
+from tests.videos import llama_tokenizer
 
 # Words that are one token to the tiny tokenizer, and words that it spells.
 KNOWN = ("a", "cat", "dog", "red", "bird", "the", "and")
@@ -175,3 +176,31 @@ def test_a_phrase_beyond_one_window_is_found_by_the_wider_encoder() -> None:
         find_everywhere([narrow, narrow], "dog")
     with pytest.raises(ac.ControlError, match="is not in the prompt"):
         find_everywhere([narrow, wide], "bird")
+
+
+def test_the_tokens_that_compete_in_shares_of_words() -> None:
+    """CLIP: all but the start token and the last position; T5, which has no start token: the words and their end."""
+    clip, t5 = Reader(tiny.tokenizer()).read("a cat and a dog"), Reader(t5_tokenizer(), limit=12).read("a cat")
+    assert (clip.start, clip.contenders(24)) == (0, range(1, 23))
+    words = [i for i, (a, b) in enumerate(t5.spans) if a < b]
+    assert t5.start is None
+    assert list(t5.contenders(12)) == [*words, words[-1] + 1]
+    behind = Reader(t5_tokenizer(), limit=12, offset=24).read("a cat")
+    assert list(behind.contenders(36)) == [24 + i for i in t5.contenders(12)]
+
+
+def test_a_chat_before_the_prompt_does_not_compete() -> None:
+    """Without its last token, nor what follows the end-of-text token; cut off by the pipeline, there is no start."""
+    chat = "<|im_start|>a bird<|im_end|>{}<|im_end|>a red"
+    whole = Reader(qwen_tokenizer(), template=chat, limit=60).read("a cat")
+    first, end = whole.find("a cat")[0], whole.end
+    assert (whole.start, whole.contenders(60)) == (0, range(first, end + 1))
+    cut = Reader(qwen_tokenizer(), template=chat, limit=60, drop=first).read("a cat")
+    assert (cut.start, cut.contenders(60)) == (None, range(end - first + 1))
+
+
+def test_a_token_that_holds_the_space_before_the_prompt_belongs_to_it() -> None:
+    """Llama's word tokens begin with the space: behind a template, the first word would else be lost."""
+    tokens = Reader(llama_tokenizer(), template="a red bird: {}", limit=60).read("cat and dog")
+    assert tokens.find("cat")
+    assert tokens.find("cat")[0] < tokens.find("dog")[0]

@@ -32,10 +32,10 @@ def test_the_blur_keeps_constant_maps(grid: tuple[int, int, int]) -> None:
     torch.testing.assert_close(blur(constant, grid), constant)
 
 
-def test_word_shares_leave_out_the_first_and_last_position() -> None:
+def test_word_shares_are_among_the_tokens_that_compete() -> None:
     """x100 and softmax make the shares of the words nearly winner takes all."""
     probs = torch.tensor([[[0.9, 0.03, 0.05, 0.02, 0.0]]])
-    shares = token_shares(probs)
+    shares = token_shares(probs, torch.tensor([[False, True, True, True, False]]))
     expected = torch.tensor([3.0, 5.0, 2.0]).softmax(dim=0)
     torch.testing.assert_close(shares[0, 0, 1:-1], expected)
     assert shares[0, 0, [0, -1]].tolist() == [0, 0]
@@ -86,5 +86,5 @@ def test_the_mean_over_sites_wants_one_grid() -> None:
     with pytest.raises(ac.ControlError, match=r"maps of several grids .*Where\(near=\.\.\.\)"):
         maps.mean_cross()
     assert maps.only({"a"}).mean_cross()[0] is not None
-    with pytest.raises(ac.ControlError, match="selects no cross-attention site"):
+    with pytest.raises(ac.ControlError, match="selects no cross- or joint-attention site"):
         maps.only({"z"}).mean_cross()

@@ -16,6 +16,7 @@ from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
 from attnctrl.bench.results import Results, environment, fingerprint
 from attnctrl.bench.tables import results_table
+from attnctrl.commands.settings import parse_settings
 from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
 
@@ -30,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results here, row by row")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the --json file already holds")
     parser.add_argument(
-        "--model", default="shapes-sd", help="shapes-sd, or a pipeline's folder or name (default: %(default)s)"
+        "--model",
+        default="shapes-sd",
+        help="shapes-sd, shapes-dit, shapes-dit+entities (with its LoRA, for eligen{entity_tokens=8}), or a pipeline's "
+        "folder or name (default: %(default)s)",
     )
     parser.add_argument("--images", type=_count, metavar="N", help="pictures per row; overhead, kernels: repetitions")
     parser.add_argument("--objects", type=_counts, metavar="2,3,4", help="numbers of objects, each 1 to 4")
@@ -43,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("tune", "test"), help="which prompts (dose: tune; else: test)")
     parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead: 10)")
     parser.add_argument("--guidance", type=float, default=3.5, metavar="S", help="guidance scale (default 3.5)")
+    parser.add_argument(
+        "--call", nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of the pipeline's call"
+    )
     parser.add_argument("--batch", type=_count, default=8, metavar="N", help="prompts per call (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other tasks (default 0)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="bf16: run under autocast")
@@ -80,10 +87,10 @@ def _comparison(args: argparse.Namespace, bench: ModuleType) -> Results:
 def _overhead(args: argparse.Namespace) -> Results:
     if args.resume:
         raise ControlError("overhead takes its repetitions in turns, so it cannot be resumed.")
-    specs = parse_methods(args.methods or overhead.default_methods())
     repetitions = args.images or (overhead.QUICK_REPETITIONS if args.quick else overhead.REPETITIONS)
     settings = _settings(args, steps=10, batch=max(overhead.BATCHES))
     pipe = _load(args)
+    specs = _specs(args, overhead, pipe)
     with overhead.one_thread(pipe.device):
         results = _results(args, settings, repetitions=repetitions, weights=fingerprint(pipe))
         overhead.measure(pipe, specs, repetitions, settings, results)
@@ -112,6 +119,7 @@ def _settings(args: argparse.Namespace, steps: int, batch: int) -> Settings:
         dtype=args.dtype,
         seed=args.seed,
         split=args.split or ("tune" if args.bench == "dose" else "test"),
+        call=parse_settings(args.call, "--call"),
     )
 
 

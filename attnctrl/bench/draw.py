@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from attnctrl.bench.methods import Spec
 from attnctrl.bench.tasks import Task
+from attnctrl.models import call_arguments
 from attnctrl.run import control
 from attnctrl.shapes.layouts import Split
 
@@ -24,6 +25,7 @@ DTYPES = {"float32": None, "bf16": torch.bfloat16}
 class Settings:
     """How pictures are drawn: steps of the scheduler, guidance scale, pictures per pipeline call.
 
+    guidance: as in `attnctrl.models.call_arguments`. call: further arguments of the pipeline's call.
     dtype: "float32", or "bf16" for autocast around the whole pipeline, losses and their gradients included.
     """
 
@@ -33,9 +35,20 @@ class Settings:
     dtype: str = "float32"
     seed: int = 0
     split: Split = "test"
+    call: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "dtype"}
+        """What results depend on; `call` only where it says something."""
+        return {k: v for k, v in asdict(self).items() if k != "dtype" and v != {}}
+
+    def arguments(self, pipe: Any, tasks: Sequence[Task]) -> dict[str, Any]:
+        """What `pipe` is called with for these tasks. Raises ControlError for a `call` that it does not take."""
+        own = {
+            "num_inference_steps": self.steps,
+            # Drawn on the CPU and moved by the pipeline: the same noise on every device.
+            "generator": [torch.Generator().manual_seed(t.seed) for t in tasks],
+        }
+        return call_arguments(pipe, [t.prompt for t in tasks], self.guidance, {**own, **self.call})
 
 
 @contextmanager
@@ -73,14 +86,7 @@ def draw(
             if spec.parts:
                 controls = spec.controls([t.regions for t in chosen], [t.nouns for t in chosen])
                 stack.enter_context(control(pipe, *controls, record=False))
-            made = pipe(
-                [t.prompt for t in chosen],
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                # Drawn on the CPU and moved by the pipeline: the same noise on every device.
-                generator=[torch.Generator().manual_seed(t.seed) for t in chosen],
-                output_type="np",
-            ).images
+            made = pipe(**{**settings.arguments(pipe, chosen), "output_type": "np"}).images
         seconds.append((len(chosen), time.perf_counter() - start))
         pictures.extend(made)
         tick(len(chosen))

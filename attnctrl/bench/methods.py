@@ -11,7 +11,7 @@ from typing import Any
 from attnctrl.control import Control, Window
 from attnctrl.controls import Method, method
 from attnctrl.errors import ControlError
-from attnctrl.processors import family_of
+from attnctrl.processors import attention_kinds
 from attnctrl.regions import Region
 
 NONE, IDEAL = "none", "ideal"
@@ -44,7 +44,7 @@ class Spec:
 
     def fits(self, pipe: Any) -> bool:
         """Whether the pipeline has attention of a kind that each part acts on."""
-        kinds = {site.kind for site, _ in family_of(pipe).sites()}
+        kinds = attention_kinds(pipe)
         return all(kinds & {*part.params.get("where", part.method.where).kinds} for part in self.parts)
 
     def controls(self, regions: Sequence[Sequence[Region]], nouns: Sequence[Sequence[str]]) -> list[Control]:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,8 @@ FORWARD, BACKWARD = "denoiser forward", "denoiser forward + backward"
 
 
 def default_methods() -> str:
-    """A mask, and two losses read once in every step."""
-    return "region-mask,loco{iterations=1;window=0..1},attend-excite{window=0..1}"
+    """A mask for either kind of text keys, and two losses read once in every step."""
+    return "region-mask,eligen,loco{iterations=1;window=0..1},attend-excite{window=0..1}"
 
 
 @dataclass
@@ -75,13 +75,7 @@ def sampling_variants(pipe: Any, tasks: Sequence[Task], specs: Sequence[Spec], s
 
     def run(context: Callable[[], AbstractContextManager[Run | None]]) -> int:
         with precision(pipe.device, settings.dtype), context() as found:
-            pipe(
-                [t.prompt for t in tasks],
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                generator=[torch.Generator().manual_seed(t.seed) for t in tasks],
-                output_type="latent",
-            )
+            pipe(**{**settings.arguments(pipe, tasks), "output_type": "latent"})
         return len(found.losses) if found is not None else 0
 
     contexts: dict[str, Callable[[], AbstractContextManager[Run | None]]] = {
@@ -107,7 +101,7 @@ def denoiser_variants(pipe: Any, tasks: Sequence[Task], settings: Settings) -> l
     try:
         with precision(pipe.device, settings.dtype):
             # Guidance 1 is no guidance: the denoiser is given the conditional rows alone.
-            pipe([t.prompt for t in tasks], num_inference_steps=2, guidance_scale=1.0, output_type="latent")
+            pipe(**{**replace(settings, steps=2, guidance=1.0).arguments(pipe, tasks), "output_type": "latent"})
     finally:
         hook.remove()
     args, kwargs = seen[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from attnctrl.commands.settings import parse_settings
 from attnctrl.control import Control
 from attnctrl.errors import ControlError
+from attnctrl.models import SHIPPED, call_arguments
 from attnctrl.pictures import sheet, with_regions
 from attnctrl.pipelines import LayoutPipeline
 from attnctrl.pipelines.layout import make_controls
@@ -31,10 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", action="append", default=[], metavar="FILE", help="bright pixels are inside")
     parser.add_argument("--method", default="loco", help='a name of "attnctrl methods", several with +')
     parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", help="a parameter of the method")
-    parser.add_argument("--model", default="shapes-sd", help="shapes-sd, a folder or a hub id")
+    parser.add_argument("--model", default="shapes-sd", help="shapes-sd, shapes-dit[+entities], a folder or a hub id")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: 3.5 for shapes models)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help="guidance scale (default: shapes models 3.5, others their own)",
+    )
+    parser.add_argument(
+        "--call", nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of the pipeline's call"
+    )
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--device")
@@ -51,16 +60,18 @@ def main(args: argparse.Namespace) -> int:
                 raise FileExistsError(f"{path} exists: choose another --out or pass --force.")
     regions = parse_regions(args.region, args.mask)
     # Before the model is loaded, which may take long.
-    controls = make_controls(args.method.split("+"), regions, dict(parse_setting(s) for s in args.set))
+    controls = make_controls(args.method.split("+"), regions, parse_settings(args.set, "--set"))
+    call = parse_settings(args.call, "--call")
     layout = LayoutPipeline.from_pretrained(args.model, device=args.device)
-    guidance = args.guidance or (3.5 if args.model.startswith("shapes-") else 7.5)
-    options: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": guidance}
+    guidance = 3.5 if args.guidance is None and args.model.startswith(SHIPPED) else args.guidance
+    options: dict[str, Any] = {"num_inference_steps": args.steps}
     options |= {k: v for k, v in (("height", args.height), ("width", args.width)) if v}
+    arguments = call_arguments(layout.pipe, args.prompt, guidance, options | call)
 
     def draw(controls: Sequence[Control]) -> Any:
         # Noise drawn on the CPU is the same on every device.
         seed = torch.Generator().manual_seed(args.seed)
-        return layout(args.prompt, regions, controls, generator=seed, **options)
+        return layout(regions=regions, method=controls, **{"generator": seed, **arguments})
 
     result = draw(controls)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,14 +102,3 @@ def parse_regions(texts: list[str], masks: list[str]) -> list[Region]:
     if left:
         raise ControlError(f"--mask {left[0]} belongs to no region: give a --region with its phrase alone.")
     return regions
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """ "name=value" with the value read as a Python literal where it is one."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ControlError(f'--set "{text}": write parameter=value.')
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value

@@ -6,6 +6,7 @@ from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from attnctrl.control import Control, Where
+from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
 from attnctrl.controls.fidelity.a_star import AStar
 from attnctrl.controls.fidelity.attend_excite import AttendExcite
 from attnctrl.controls.fidelity.bundled_attention import BundledAttention
@@ -18,9 +19,11 @@ from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
 from attnctrl.controls.layout.loco import LoCo
+from attnctrl.controls.layout.rag import RAG
 from attnctrl.controls.layout.refocus import Refocus
 from attnctrl.controls.layout.region_mask import RegionMask
 from attnctrl.controls.layout.region_prompts import RegionPrompts
+from attnctrl.controls.layout.regional_flux import RegionalFlux
 from attnctrl.errors import ControlError
 
 
@@ -64,6 +67,8 @@ REGISTRY = {
         Method("refocus", Refocus, "layout"),
         Method("loco", LoCo, "layout"),
         Method("eligen", EliGen, "layout"),
+        Method("regional-flux", RegionalFlux, "layout"),
+        Method("rag", RAG, "layout"),
         Method("attend-excite", AttendExcite, "fidelity"),
         Method("a-star", AStar, "fidelity"),
         Method("conform", Conform, "fidelity"),
@@ -72,6 +77,7 @@ REGISTRY = {
         Method("bundled-attention", BundledAttention, "fidelity"),
         Method("dynamic-prompt", DynamicPrompt, "fidelity"),
         Method("opti-prune", OptiPrune, "fidelity"),
+        Method("inpaint-fusion", InpaintFusion, "editing"),
     )
 }
 
@@ -84,6 +90,7 @@ def method(name: str) -> Method:
 
 
 __all__ = [
+    "RAG",
     "REGISTRY",
     "AStar",
     "AttendExcite",
@@ -94,6 +101,7 @@ __all__ = [
     "DynamicPrompt",
     "EliGen",
     "InitNO",
+    "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
     "Method",
@@ -101,5 +109,6 @@ __all__ = [
     "Refocus",
     "RegionMask",
     "RegionPrompts",
+    "RegionalFlux",
     "method",
 ]

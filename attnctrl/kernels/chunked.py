@@ -28,7 +28,7 @@ def attention(
     scale: float,
     chunk: int = QUERY_CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output (batch, heads, queries, head_dim) and the natural log-sum-exp, float32 (batch, heads, queries).
+    """The output (batch, heads, queries, head_dim of value) and the log-sum-exp, float32 (batch, heads, queries).
 
     mask: token groups, or bool or additive and broadcastable to (batch, heads, queries, keys), or None; it gets no
     gradient. Both results have exact first gradients; the scores are computed again for them. A query that sees
@@ -55,7 +55,7 @@ class _Chunked(torch.autograd.Function):
         exact = precision(query)
         # Contiguous, or every chunk's product would copy them anew.
         keys, values = key.to(exact).transpose(-1, -2).contiguous(), value.to(exact).contiguous()
-        output = torch.empty_like(query)
+        output = query.new_empty(*query.shape[:3], value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=exact, device=query.device)
         for rows in _chunks(query.shape[2], chunk):
             scores = _scores(query[:, :, rows].to(exact), keys, mask, rows, scale)

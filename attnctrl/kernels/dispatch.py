@@ -16,6 +16,7 @@ import torch
 from attnctrl.kernels import chunked, groups_merge
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.groups_reference import check
+from attnctrl.kernels.reference import attention
 
 FORMS = {
     "reference": "groups_reference",
@@ -62,10 +63,11 @@ def group_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in which a query sees the keys that it shares a group with.
 
-    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim), of any strides. scale: of
-    the products, usually head_dim ** -0.5. Returns the output, like query; with `return_lse` also the natural
-    logarithm of each softmax's sum, float32 (batch, heads, queries). Both are differentiable, once. A query that sees
-    nothing has output 0 and lse -inf.
+    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim), of any strides; value may have
+    another head_dim than the other two (`LowRankBias` adds channels to them). scale: of the products, usually
+    head_dim ** -0.5. Returns the output, (batch, heads, queries, head_dim of value); with `return_lse` also the
+    natural logarithm of each softmax's sum, float32 (batch, heads, queries). Both are differentiable, once. A query
+    that sees nothing has output 0 and lse -inf.
 
     form: one of FORMS to force it; None: "triton" for fp16, bf16 and float32 with head_dim up to 256 on a CUDA device;
     on a CPU "merge" where only the output is wanted and at most FEW_KINDS kinds of queries need a call each; else
@@ -84,6 +86,19 @@ def group_attention(
     module: Any = import_module(f"attnctrl.kernels.{FORMS[form]}")
     output, lse = module.group_attention(query, key, value, groups, scale, return_lse)
     return (output, lse) if return_lse else output
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: TokenGroups | torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention under a mask of either kind: `group_attention`, or the fused attention of `reference`."""
+    if isinstance(mask, TokenGroups):
+        return group_attention(query, key, value, mask, scale)
+    return attention(query, key, value, mask, scale)
 
 
 def attention_with_lse(
@@ -106,20 +121,31 @@ def attention_with_lse(
             return chunked.attention(query, key, value, mask, scale)
         mask = groups
     if mask is None:
-        if not triton_runs(query):
+        if not triton_runs(query, value):
             return chunked.attention(query, key, value, None, scale)
         mask = _everything(query.shape[2], key.shape[2], query.device)
     return _automatic(query, key, value, mask, scale, True)  # type: ignore[return-value]
 
 
-def triton_runs(query: torch.Tensor) -> bool:
-    """Whether the Triton form would be chosen for these queries."""
+def one_call_does(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: TokenGroups | torch.Tensor | None
+) -> bool:
+    """Whether the output of `attention_with_lse` is what the attention without the log-sum-exp would give.
+
+    It is where one kernel makes both. Where gradients are taken it may differ in rounding, and nobody compares bits.
+    """
+    alone = isinstance(mask, TokenGroups) and not _merges(query, key, value, mask)
+    return alone or _wants_gradient(query, key, value)
+
+
+def triton_runs(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the Triton form would be chosen for these queries and values."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return (
         query.device.type == "cuda"
         and torch.version.hip is None
         and query.dtype in dtypes
-        and query.shape[-1] <= 256
+        and max(query.shape[-1], value.shape[-1]) <= 256
         and find_spec("triton") is not None
     )
 
@@ -128,16 +154,21 @@ def _automatic(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: TokenGroups, scale: float, return_lse: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     check(query, key, value, groups, scale)
-    if triton_runs(query):
+    if triton_runs(query, value):
         from attnctrl.kernels import groups_autograd
 
         output, lse = groups_autograd.group_attention(query, key, value, groups, scale)
-    elif query.device.type == "cpu" and not return_lse and not _wants_gradient(query, key, value) and _few(groups):
-        # Not for gradients: they would keep each kind's copy of the keys that it sees.
+    elif not return_lse and _merges(query, key, value, groups):
         return groups_merge.group_attention(query, key, value, groups, scale)[0]
     else:
         output, lse = chunked.attention(query, key, value, groups, scale)
     return (output, lse) if return_lse else output
+
+
+def _merges(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: TokenGroups) -> bool:
+    """Whether the output alone is made by the form "merge"."""
+    # Not for gradients: they would keep each kind's copy of the keys that it sees.
+    return query.device.type == "cpu" and not _wants_gradient(query, key, value) and _few(groups)
 
 
 def _wants_gradient(*tensors: torch.Tensor) -> bool:
@@ -155,7 +186,7 @@ def _from_hidden_keys(mask: torch.Tensor, queries: int) -> TokenGroups | None:
     """The groups of a bool mask that is the same for all heads and queries, as of text padding; else None."""
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         return None
-    return TokenGroups.everything(queries, mask.shape[3], mask.device).hide_keys(~mask[:, 0, 0])
+    return _everything(queries, mask.shape[3], mask.device).padded(mask)
 
 
 @lru_cache(maxsize=16)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 MAX_GROUPS = 64
 """The bits of an int64."""
+
+HIDDEN = -1000.0
+"""Additive masks hide what they set this low: models write -inf, -10000 or their element type's least number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,30 @@ class TokenGroups:
         """The mask without the keys where `hidden`, bool (batch or 1, keys), is true: for text padding."""
         return TokenGroups(self.query_bits, self.key_bits.masked_fill(hidden.to(self.device), 0))
 
+    def padded(self, padding: torch.Tensor) -> TokenGroups:
+        """The mask without the keys that a model's own padding mask hides.
+
+        padding: (batch or 1, 1, 1, keys), bool (True = visible) or additive, hiding at HIDDEN or below. A model hands
+        the same tensor to every layer of a step, so the last result serves for as long as the padding is the same
+        memory, not written to since. The last padding is kept with it, lest its memory be used again.
+
+        Raises:
+            ValueError: an additive padding that does more than hide. To see that, a new one is read, and waited for.
+        """
+        kept: _Padded | None = self.memo.get("padded")
+        if kept is None or not kept.fits(padding):
+            if padding.dtype == torch.bool:
+                hidden = ~padding
+            else:
+                hidden = padding <= HIDDEN
+                if bool((padding.masked_fill(hidden, 0) != 0).any()):
+                    raise ValueError(
+                        f"The padding mask adds other numbers than 0 and {HIDDEN:g} or less to the scores."
+                    )
+            kept = _Padded(padding, _version(padding), self.hide_keys(hidden[:, 0, 0]))
+            self.memo["padded"] = kept
+        return kept.groups
+
     def visible(self, keys: torch.Tensor | slice) -> torch.Tensor:
         """Which of some keys, given by index, each query sees: bool (batch or 1, 1, queries, chosen keys)."""
         return ((self.query_bits[:, :, None] & self.key_bits[:, None, keys]) != 0)[:, None]
@@ -102,7 +130,7 @@ class TokenGroups:
         64 bits hold the product when few groups are in use. Where that is too many, all tokens with the same bits in
         both masks act alike, so that one group per distinct query (seen by the keys it may see), or one per distinct
         key, says the same; either does when there are at most 64 of them. Reads values, so on a GPU it waits for
-        them: for when masks are made, not for every layer.
+        them, but once for each two masks: the result is kept while both live.
 
         Raises:
             ValueError: the masks are for other tokens, or none of the three ways needs at most 64 groups.
@@ -112,6 +140,12 @@ class TokenGroups:
                 f"Masks for {self.queries} queries x {self.keys} keys and for {other.queries} x {other.keys} "
                 "cannot be combined."
             )
+        kept: WeakKeyDictionary[TokenGroups, TokenGroups] = self.memo.setdefault("and", WeakKeyDictionary())
+        if other not in kept:
+            kept[other] = self._combined(other)
+        return kept[other]
+
+    def _combined(self, other: TokenGroups) -> TokenGroups:
         mine, others = used_groups(self), used_groups(other)
         if len(mine) * len(others) <= MAX_GROUPS:
             pairs = [(i, j) for i in mine for j in others]
@@ -131,6 +165,28 @@ class TokenGroups:
         else:
             own, seen = allowed, torch.eye(len(keys), dtype=torch.bool, device=self.device)
         return TokenGroups(pack(own[None])[0][query_class], pack(seen[None])[0][key_class])
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """A mask with the padding that it was made for, and how often that had been written to."""
+
+    padding: torch.Tensor
+    version: int | None
+    groups: TokenGroups
+
+    def fits(self, padding: torch.Tensor) -> bool:
+        """Whether `padding` is the same memory in the same form, not written to since."""
+        return self.version is not None and self.version == _version(padding) and _form(self.padding) == _form(padding)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor's memory was written to; None for inference tensors, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def pack(members: torch.Tensor) -> torch.Tensor:

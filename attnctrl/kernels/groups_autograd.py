@@ -16,6 +16,7 @@ from attnctrl.kernels.groups_triton import forward_kernel
 from attnctrl.kernels.groups_triton_key import key_value_kernel
 from attnctrl.kernels.groups_triton_query import query_kernel
 from attnctrl.kernels.launch import HEAD_DIMS, Tile, Tiles, dot_precision, padded, tiles_for
+from attnctrl.kernels.reference import one_width
 from attnctrl.kernels.tiles import TileList, tile_list
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -33,7 +34,8 @@ def group_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `groups_reference.group_attention` computes, in one kernel that skips the tiles without a common group.
 
-    query, key and value are fp16, bf16 or float32 of any strides. The log-sum-exp comes at no cost; both results have
+    query, key and value are fp16, bf16 or float32 of any strides; the kernels know one head_dim, so that where the
+    value's is another the narrower are filled up with zeros. The log-sum-exp comes at no cost; both results have
     exact first gradients. tiles: others than the table's, whose sizes are powers of two, 16 or more.
 
     Raises:
@@ -45,10 +47,12 @@ def group_attention(
             f"The Triton form runs on a CUDA device, not on {query.device}; for its interpreter, set "
             "TRITON_INTERPRET=1 before triton is imported."
         )
+    channels = value.shape[3]
+    query, key, value = one_width(query, key, value)
     tiles = tiles or tiles_for(query.shape[3], query.dtype, _capability(query.device))
     query, key, value = (_addressable(tensor) for tensor in (query, key, value))
     output, lse = _Groups.apply(query, key, value, groups, scale, tiles)
-    return output, lse
+    return output[..., :channels], lse
 
 
 class _Groups(torch.autograd.Function):

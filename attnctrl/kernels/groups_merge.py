@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from attnctrl.kernels import chunked
 from attnctrl.kernels.groups import TokenGroups
 from attnctrl.kernels.groups_reference import check
+from attnctrl.kernels.reference import attention
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor | None]]
 """(query, key, value, scale) -> (output, lse or None): an attention without a mask."""
@@ -105,7 +105,7 @@ def _take(tensor: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def _fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return F.scaled_dot_product_attention(query, key, value, scale=scale), None
+    return attention(query, key, value, None, scale), None
 
 
 def _with_lse(

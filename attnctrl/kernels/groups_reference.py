@@ -11,9 +11,9 @@ def check(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: TokenGroups | None, scale: float
 ) -> None:
     """Raise ValueError, with a sentence, unless the arguments of `group_attention` fit together."""
-    if query.dim() != 4 or key.dim() != 4 or value.shape != key.shape:
+    if not query.dim() == key.dim() == value.dim() == 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            "query, key and value are (batch, heads, tokens, head_dim), key and value of one shape: got "
+            "query, key and value are (batch, heads, tokens, head_dim), key and value alike but for head_dim: got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
         )
     if (*query.shape[:2], query.shape[3]) != (*key.shape[:2], key.shape[3]):
@@ -55,9 +55,9 @@ def group_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(scale * query key^T over the visible keys) value, and the natural logarithm of the softmax's sum.
 
-    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim). Returns the output, like
-    query, and lse, float32 (batch, heads, queries). A query that sees nothing has output 0 and lse -inf, and no
-    gradient. Allocates queries x keys.
+    query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim), where value may have another
+    head_dim. Returns the output, (batch, heads, queries, head_dim of value), and lse, float32 (batch, heads, queries).
+    A query that sees nothing has output 0 and lse -inf, and no gradient. Allocates queries x keys.
     """
     check(query, key, value, groups, scale)
     exact = precision(query)

@@ -59,21 +59,21 @@ def _block_diagonal(
     scale: float,
 ) -> torch.Tensor:
     """One call for all samples and kinds, laid end to end as the mask wants them: (1, tokens, heads, head_dim)."""
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, _ = query.shape
     per_sample = samples if len(samples) > 1 else samples * batch
     # (sample, kind) pairs whose queries see something; the others stay 0.
     seeing = [(n, kind) for n, found in enumerate(per_sample) for kind in found if len(kind.keys)]
     if not seeing:
-        return torch.zeros_like(query)
+        return query.new_zeros(*query.shape[:3], value.shape[3])
     rows = torch.cat([kind.queries + n * queries for n, kind in seeing])
     columns = torch.cat([kind.keys + n * key.shape[2] for n, kind in seeing])
-    q, k, v = (tensor.transpose(1, 2).reshape(1, -1, heads, head_dim) for tensor in (query, key, value))
+    q, k, v = (tensor.transpose(1, 2).reshape(1, -1, heads, tensor.shape[3]) for tensor in (query, key, value))
     mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(
         [len(kind.queries) for _, kind in seeing], [len(kind.keys) for _, kind in seeing]
     )
     seen = ops.memory_efficient_attention(q[:, rows], k[:, columns], v[:, columns], attn_bias=mask, scale=scale)
-    output = torch.zeros_like(q).index_copy(1, rows, seen)
-    return output.view(batch, queries, heads, head_dim).transpose(1, 2)
+    output = v.new_zeros(1, batch * queries, heads, v.shape[3]).index_copy(1, rows, seen)
+    return output.view(batch, queries, heads, -1).transpose(1, 2)
 
 
 def _xformers() -> Any:

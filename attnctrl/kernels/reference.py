@@ -9,10 +9,28 @@ import torch.nn.functional as F
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Fused attention: (batch, heads, queries, head_dim). mask: bool or additive, broadcastable to the scores."""
+    """Fused attention: (batch, heads, queries, head_dim of value), which may differ from that of query and key.
+
+    mask: bool or additive, broadcastable to the scores.
+    """
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    channels = value.shape[-1]
+    query, key, value = one_width(query, key, value)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return output if output.shape[-1] == channels else output[..., :channels]
+
+
+def one_width(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three with one head_dim, filled up with zeros, which change no product; the same tensors where it is one.
+
+    For backends that know no other: PyTorch's fused attention takes other widths by materialising the scores.
+    """
+    wide = max(query.shape[-1], value.shape[-1])
+    query, key, value = (t if t.shape[-1] == wide else F.pad(t, (0, wide - t.shape[-1])) for t in (query, key, value))
+    return query, key, value
 
 
 def logits(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:

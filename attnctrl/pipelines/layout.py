@@ -13,8 +13,8 @@ from attnctrl.control import Control
 from attnctrl.controls import REGISTRY, Method, method
 from attnctrl.errors import ControlError
 from attnctrl.layout import Regions
-from attnctrl.models import load_pipeline
-from attnctrl.processors import family_of
+from attnctrl.models import call_arguments, load_pipeline
+from attnctrl.processors import attention_kinds
 from attnctrl.run import Run, control
 
 
@@ -46,13 +46,13 @@ class LayoutPipeline:
 
     @classmethod
     def from_pretrained(cls, model: str, **kwargs: Any) -> LayoutPipeline:
-        """model: "shapes-sd", a folder or a hub id; device and dtype as in `attnctrl.models.load_pipeline`."""
+        """model: "shapes-sd", "shapes-dit", a folder, a hub id; device, dtype: see `attnctrl.models.load_pipeline`."""
         return cls(load_pipeline(model, **kwargs))
 
     @property
     def methods(self) -> list[str]:
         """The registered layout methods that act on a kind of attention which the base pipeline has."""
-        kinds = {site.kind for site, _ in family_of(self.pipe).sites()}
+        kinds = attention_kinds(self.pipe)
         return [m.name for m in REGISTRY.values() if m.task == "layout" and kinds & {*m.where.kinds}]
 
     def __call__(
@@ -61,13 +61,15 @@ class LayoutPipeline:
         regions: Regions,
         method: str | Control | Sequence[str | Control] = "loco",
         *,
+        guidance: float | None = None,
         record: bool | Sequence[str] = True,
         **kwargs: Any,
     ) -> LayoutResult:
         """Draw `prompt` with each region's phrase in its place.
 
         regions: one list for all prompts, or one per prompt. method: a name from the registry, a control, several of
-        them, or "none" for the stock picture. kwargs: arguments of the base pipeline, and parameters of the method.
+        them, or "none" for the stock picture. guidance: a scale under whatever name the base pipeline has for it, see
+        `attnctrl.models.call_arguments`. kwargs: arguments of the base pipeline, and parameters of the method.
         Raises ControlError for unknown methods or parameters and for bad regions.
         """
         accepted = inspect.signature(type(self.pipe).__call__).parameters
@@ -75,7 +77,7 @@ class LayoutPipeline:
         overrides = {name: value for name, value in kwargs.items() if name not in accepted}
         controls = make_controls(method, regions, overrides)
         with control(self.pipe, *controls, record=record) as run:
-            output = self.pipe(prompt=prompt, **options)
+            output = self.pipe(**call_arguments(self.pipe, prompt, guidance, options))
         return LayoutResult(output, run)
 
 

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from attnctrl.errors import ControlError
-from attnctrl.processors.cogvideox import CogVideoXFamily
-from attnctrl.processors.family import Family
-from attnctrl.processors.flux import FluxFamily
-from attnctrl.processors.flux2 import Flux2Family
-from attnctrl.processors.hunyuan import HunyuanFamily
-from attnctrl.processors.ltx import LTXFamily
-from attnctrl.processors.mochi import MochiFamily
-from attnctrl.processors.pixart import PixArtFamily
-from attnctrl.processors.qwen import QwenFamily
-from attnctrl.processors.sana import SanaFamily
-from attnctrl.processors.sd3 import SD3Family
-from attnctrl.processors.unet import UNetFamily
-from attnctrl.processors.wan import WanFamily
-from attnctrl.processors.zimage import ZImageFamily
 
-FAMILIES: tuple[Any, ...] = (
-    UNetFamily,
-    FluxFamily,
-    SD3Family,
-    QwenFamily,
-    PixArtFamily,
-    SanaFamily,
-    Flux2Family,
-    ZImageFamily,
-    WanFamily,
-    CogVideoXFamily,
-    HunyuanFamily,
-    LTXFamily,
-    MochiFamily,
-)
+if TYPE_CHECKING:
+    from attnctrl.processors.family import Family
+
+FAMILIES = {
+    "unet": "UNetFamily",
+    "flux": "FluxFamily",
+    "sd3": "SD3Family",
+    "qwen": "QwenFamily",
+    "pixart": "PixArtFamily",
+    "sana": "SanaFamily",
+    "flux2": "Flux2Family",
+    "zimage": "ZImageFamily",
+    "wan": "WanFamily",
+    "cogvideox": "CogVideoXFamily",
+    "hunyuan": "HunyuanFamily",
+    "ltx": "LTXFamily",
+    "mochi": "MochiFamily",
+}
+"""The class of each family by its module, imported when a pipeline asks: each brings its model's code along."""
+
+
+def families() -> Iterator[Any]:
+    """The classes of the families, imported one by one."""
+    for module, name in FAMILIES.items():
+        yield getattr(import_module(f"attnctrl.processors.{module}"), name)
 
 
 def family_of(pipe: Any) -> Family:
     """The family of `pipe`. Raises ControlError for models without support."""
-    for family in FAMILIES:
+    for family in families():
         if family.fits(pipe):
             return family(pipe)
     model = next(
@@ -48,9 +46,14 @@ def family_of(pipe: Any) -> Family:
     )
     raise ControlError(
         f"{type(pipe).__name__} with {type(model).__name__} is not supported yet: supported are "
-        + "; ".join(family.describes for family in FAMILIES)
+        + "; ".join(family.describes for family in families())
         + "."
     )
 
 
-__all__ = ["FAMILIES", "family_of"]
+def attention_kinds(pipe: Any) -> set[str]:
+    """The kinds of attention layers that can be controlled: any of "self", "cross", "joint". Raises as `family_of`."""
+    return {site.kind for site, _ in family_of(pipe).sites()}
+
+
+__all__ = ["FAMILIES", "attention_kinds", "families", "family_of"]

@@ -9,13 +9,14 @@ import torch
 
 from attnctrl.errors import ControlError
 from attnctrl.kernels import (
+    LowRankBias,
     TokenGroups,
-    attention,
     attention_with_lse,
     combine_masks,
-    group_attention,
     logits,
+    masked_attention,
     mean_columns,
+    one_call_does,
     probabilities,
 )
 from attnctrl.processors.work import Work
@@ -30,29 +31,34 @@ def attend(call: Call, work: Work) -> torch.Tensor:
 
     Nothing asked: the fused kernel. Masks: the fused kernel with a mask. Streams: one fused attention per
     context. Observed text maps: the fused kernel, plus scores of the few text keys. Scores or probabilities
-    edited: the materialised form. A replacement: what it returns.
+    edited: the materialised form. A replacement: what it returns. Controls see the query and key of the layer; those
+    that are multiplied, observed and handed to a replacement have the channels of low-rank biases as well.
     """
     active = work.active.get(call.branch, ())
     for one, timed in _having("inputs", active, call, work):
         with timed:
             call = one.control.inputs(call, one.state)
-    mask = _mask(call, active, work)
+    mask, biased = _masked(call, active, work)
     observe = work.observe if call.branch == "cond" else None
     edited = any({"scores", "probs"} & one.points for one in active)
 
-    probs = _probabilities(call, mask, active, work) if edited else None
+    probs = _probabilities(call, biased, mask, active, work) if edited else None
+    own = None
     if observe is not None:
-        observe(call, _map(call, mask, probs), None if isinstance(mask, TokenGroups) else mask)
+        shown, own = _map(biased, mask, probs)
+        observe(biased, shown, mask)
 
     result = None
     for one, timed in _having("attend", active, call, work):
         if result is None:
             with timed:
-                result = one.control.attend(call, one.state)
+                result = one.control.attend(biased, one.state)
     if result is None and edited and probs is not None:
         result = torch.matmul(probs.to(call.value.dtype), call.value)
     if result is None:
-        result = _attention(call, mask)
+        result = own
+    if result is None:
+        result = masked_attention(biased.query, biased.key, biased.value, mask, biased.scale)
     if call.streams:
         result = _merge_streams(call, result)
     for one, timed in _having("output", active, call, work):
@@ -64,30 +70,33 @@ def attend(call: Call, work: Work) -> torch.Tensor:
 def observe_only(call: Call, work: Work) -> None:
     """Hand the call's map to the observer, computing no output."""
     assert work.observe is not None
-    work.observe(call, _map(call, call.mask, None), call.mask)
+    shown, _ = _map(call, call.mask, None)
+    work.observe(call, shown, call.mask)
 
 
-def _map(call: Call, mask: Mask, probs: torch.Tensor | None) -> torch.Tensor | None:
-    """What latent tokens see of text tokens: (batch, heads or 1 for their mean, latent tokens, text tokens).
+def _map(call: Call, mask: Mask, probs: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What latent tokens see of text tokens, (batch, heads or 1 for their mean, latent tokens, text tokens), and the
+    attention's output where it is a by-product, else None.
 
-    None for self-attention. In joint attention, unless the probabilities are there anyway, only the columns of the
+    No map for self-attention. In joint attention, unless the probabilities are there anyway, only the columns of the
     text are computed, from the log-sum-exp of the whole: no array is tokens x tokens.
     """
     if call.site.kind == "self":
-        return None
+        return None, None
     latent, text = call.queries.latent, call.keys.text
     if probs is None and call.site.kind == "cross":
         probs = probabilities(call.query, call.key, _dense(mask), call.scale)
     if probs is not None:
-        return probs[:, :, latent, text]
-    _, lse = attention_with_lse(call.query, call.key, call.value, mask, call.scale)
+        return probs[:, :, latent, text], None
+    output, lse = attention_with_lse(call.query, call.key, call.value, mask, call.scale)
     shown: torch.Tensor | None
     if isinstance(mask, TokenGroups):
         shown = mask.visible(text)[:, :, latent]
     else:
         shown = mask if mask is None or mask.shape[-2] == 1 else mask[..., latent, :]
         shown = None if shown is None else shown[..., text]
-    return mean_columns(call.query[:, :, latent], call.key[:, :, text], lse[:, :, latent], call.scale, shown)
+    columns = mean_columns(call.query[:, :, latent], call.key[:, :, text], lse[:, :, latent], call.scale, shown)
+    return columns, output if one_call_does(call.query, call.key, call.value, mask) else None
 
 
 def _having(
@@ -99,12 +108,17 @@ def _having(
             yield one, work.report.timed(one.index, one.control.name, point, call.step.index, call.site.name)
 
 
-def _mask(call: Call, active: tuple[Active, ...], work: Work) -> Mask:
+def _masked(call: Call, active: tuple[Active, ...], work: Work) -> tuple[Mask, Call]:
+    """What may be seen, and the call with the channels of low-rank biases."""
     masks = [] if call.mask is None else [call.mask]
     groups: TokenGroups | None = None
+    biased = call
     for one, timed in _having("mask", active, call, work):
         with timed:
             mask = one.control.mask(call, one.state)
+        if isinstance(mask, LowRankBias):
+            query, key = mask.added(biased.query, biased.key, call.scale)
+            biased, mask = biased.change(query=query, key=key), mask.groups
         if mask is None:
             continue
         if isinstance(mask, TokenGroups):
@@ -117,7 +131,7 @@ def _mask(call: Call, active: tuple[Active, ...], work: Work) -> Mask:
             )
         masks.append(mask)
     dense = combine_masks(masks)
-    return dense if groups is None else _grouped(groups, dense, call)
+    return (dense if groups is None else _grouped(groups, dense, call)), biased
 
 
 def _grouped(groups: TokenGroups, dense: torch.Tensor | None, call: Call) -> TokenGroups:
@@ -129,26 +143,27 @@ def _grouped(groups: TokenGroups, dense: torch.Tensor | None, call: Call) -> Tok
             f"at {call.site.name} one control masks by token groups and another by a mask of shape "
             f"{tuple(dense.shape)}: they cannot work together."
         )
-    hidden = ~dense if dense.dtype == torch.bool else dense == float("-inf")
-    return groups.hide_keys(hidden[:, 0, 0])
-
-
-def _attention(call: Call, mask: Mask) -> torch.Tensor:
-    if isinstance(mask, TokenGroups):
-        return group_attention(call.query, call.key, call.value, mask, call.scale)
-    return attention(call.query, call.key, call.value, mask, call.scale)
+    try:
+        return groups.padded(dense)
+    except ValueError as error:
+        raise ControlError(
+            f"a control masks {call.site.name} by token groups, beside which padding can only be hidden. {error}"
+        ) from None
 
 
 def _dense(mask: Mask) -> torch.Tensor | None:
     return mask.dense() if isinstance(mask, TokenGroups) else mask
 
 
-def _probabilities(call: Call, mask: Mask, active: tuple[Active, ...], work: Work) -> torch.Tensor:
-    scores = logits(call.query, call.key, _dense(mask), call.scale)
+def _probabilities(call: Call, biased: Call, mask: Mask, active: tuple[Active, ...], work: Work) -> torch.Tensor:
+    scores = logits(biased.query, biased.key, _dense(mask), biased.scale)
     for one, timed in _having("scores", active, call, work):
         with timed:
             scores = one.control.scores(scores, call, one.state)
-    probs = scores.softmax(dim=-1)
+    # As in the kernels, a query that sees nothing gets nothing; 0 first, for a softmax of -inf has no gradient.
+    blind = (scores == float("-inf")).all(dim=-1, keepdim=True) if isinstance(mask, TokenGroups) else None
+    probs = (scores if blind is None else scores.masked_fill(blind, 0.0)).softmax(dim=-1)
+    probs = probs if blind is None else probs.masked_fill(blind, 0.0)
     for one, timed in _having("probs", active, call, work):
         with timed:
             probs = one.control.probs(probs, call, one.state)
@@ -159,5 +174,7 @@ def _merge_streams(call: Call, result: torch.Tensor) -> torch.Tensor:
     """The weighted sum of the layer's own attention and that of each further context."""
     merged = result * call.base_weight
     for stream in call.streams:
-        merged = merged + stream.weight * attention(call.query, stream.key, stream.value, None, call.scale)
+        mask = None if stream.groups is None else _grouped(stream.groups, call.mask, call)
+        looked = masked_attention(call.query, stream.key, stream.value, mask, call.scale)
+        merged = merged + stream.weight * looked
     return merged.to(result.dtype)

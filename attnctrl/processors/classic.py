@@ -7,6 +7,7 @@ from typing import Any, ClassVar, overload
 import torch
 from diffusers.models.attention_processor import Attention
 
+from attnctrl.compiled import own_mask
 from attnctrl.kernels import attention, combine_masks
 from attnctrl.processors.attend import attend, observe_only
 from attnctrl.processors.work import Branch, Work
@@ -66,11 +67,14 @@ class Layer:
 
 
 def prepared_mask(attn: Attention, mask: torch.Tensor | None, batch: int, key_count: int) -> torch.Tensor | None:
-    """The model's own mask as (batch, heads, 1 or queries, keys)."""
+    """The model's own mask as (batch, heads or 1, 1 or queries, keys)."""
     if mask is None:
         return None
+    # A mask for each picture is repeated for every head, and stays one for all of them here.
+    shared = mask.shape[0] < batch * attn.heads
     prepared = attn.prepare_attention_mask(mask, key_count, batch)
-    return prepared.view(batch, attn.heads, -1, prepared.shape[-1])
+    prepared = prepared.view(batch, attn.heads, -1, prepared.shape[-1])
+    return prepared[:, :1] if shared else prepared
 
 
 def masked_layer(
@@ -135,12 +139,7 @@ class ClassicProcessor:
         more = () if temb is None else (temb, *args)
         given = (attn, hidden_states, encoder_hidden_states, attention_mask, *more)
         if torch.compiler.is_compiling():
-            mask = None
-            if attnctrl_block_masks is not None:
-                # A block compiled on its own shares its graph with its like: the site's name would be a constant of it.
-                mask = attnctrl_block_masks.get(self.site.kind)
-            elif attnctrl_masks is not None:
-                mask = attnctrl_masks.get(self.site.name)
+            mask = own_mask(self.site, attnctrl_masks, attnctrl_block_masks)
             if mask is None:
                 return self.stock(*given, **kwargs)
             return masked_layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb, mask)

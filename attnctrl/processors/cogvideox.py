@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, Fuse
 from diffusers.models.embeddings import apply_rotary_emb
 
 from attnctrl.processors.classic import prepared_mask
-from attnctrl.processors.family import Family, uncompiled
+from attnctrl.processors.family import Family, keep_length, uncompiled
 from attnctrl.processors.joint import JointProcessor, after_text
 from attnctrl.processors.work import Work
 from attnctrl.prompt import Reader
@@ -112,6 +112,9 @@ class CogVideoXFamily(Family):
         return Text(*outputs)
 
     def outputs(self, text: Text, like: tuple) -> tuple:
+        config = self.model.config
+        if config.use_learned_positional_embeddings or not config.use_rotary_positional_embeddings:
+            keep_length(text, like[0], "this CogVideoX has a table of positions for text and latents together")
         return text.positive, text.negative
 
     def readers(self, pipe: Any, arguments: dict[str, Any]) -> list[Reader]:

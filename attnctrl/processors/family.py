@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 
 from attnctrl.calls import Signature, rows_of
-from attnctrl.compiled import compiled_in_place
+from attnctrl.compiled import compiled_in_place, with_block_masks
 from attnctrl.errors import ControlError
 from attnctrl.processors.work import Branch, call_of, halves_of
 from attnctrl.prompt import Reader
@@ -20,11 +22,12 @@ from attnctrl.text import Text
 
 @dataclass(frozen=True)
 class Names:
-    """What the denoiser's forward calls the arguments that the run reads."""
+    """What the denoiser's forward calls the arguments that the run reads; pooled is empty where there is none."""
 
     latents: str = "hidden_states"
     timestep: str = "timestep"
     text: str = "encoder_hidden_states"
+    pooled: str = ""
     extras: str = ""
     """The keyword whose entries the model hands on to every processor: the way of masks into a compiled model. Empty
     where our processors do not take it, and the model is controlled uncompiled only."""
@@ -35,7 +38,8 @@ class Family:
 
     processor: our stand-in. plain: the stock processors whose function it computes. separate: the unconditional
     prediction is a call of its own, after the conditional one, not the first half of the batch. encodes: how often
-    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own.
+    the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own. blocks: the
+    paths of the blocks that may be compiled one by one, as a regular expression; for families with `names.extras`.
     """
 
     describes: ClassVar[str] = ""
@@ -44,6 +48,7 @@ class Family:
     names: ClassVar[Names] = Names()
     separate: ClassVar[bool] = False
     encodes: ClassVar[int] = 1
+    blocks: ClassVar[str] = ""
 
     def __init__(self, *denoisers: torch.nn.Module) -> None:
         """denoisers: the pipeline's, of one architecture; with several, each takes some of the steps."""
@@ -76,8 +81,29 @@ class Family:
         return self.processor(stock, site, owner)
 
     def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
-        """Blocks that are compiled one by one, with what hands each its own masks."""
-        return []
+        """The blocks that are compiled one by one, with what hands each its own masks."""
+        sites = [site for site, _ in self.sites()] if self.blocks else []
+        return [
+            (module, partial(with_block_masks, self.names.extras, [s for s in sites if s.name.startswith(f"{name}.")]))
+            for name, module in (self.model.named_modules() if self.blocks else ())
+            if re.search(self.blocks, name) and compiled_in_place(module)
+        ]
+
+    # the pipeline's call ----------------------------------------------------------------------------------------
+    def guidance(self, pipe: Any, prompt: str | list[str], scale: float) -> dict[str, Any]:
+        """The arguments for guidance of `scale`, where 1 is none: classifier-free, or what the model was distilled to.
+
+        Where pipelines have both, `guidance_scale` is only read by models that are given it as an input.
+        """
+        both = "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters
+        if not both or self.model.config.get("guidance_embeds"):
+            return {"guidance_scale": scale}
+        negative = "" if isinstance(prompt, str) else [""] * len(prompt)
+        return {"true_cfg_scale": scale, **({"negative_prompt": negative} if scale > 1 else {})}
+
+    def required(self, pipe: Any) -> dict[str, Any]:
+        """Arguments without which the pipeline's call fails on this model."""
+        return {}
 
     # one call of the denoiser -----------------------------------------------------------------------------------
     @cached_property
@@ -96,6 +122,29 @@ class Family:
     def with_text(self, args: tuple, kwargs: dict[str, Any], text: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
         """The arguments with other text embeddings (rows, tokens, channels)."""
         return self.signature.put(args, kwargs, self.names.text, text)
+
+    def with_pooled(self, args: tuple, kwargs: dict[str, Any], pooled: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with another pooled text embedding (rows, channels); the same where the model takes none."""
+        if not self.names.pooled:
+            return args, kwargs
+        return self.signature.put(args, kwargs, self.names.pooled, pooled)
+
+    def with_crop(
+        self, args: tuple, kwargs: dict[str, Any], grid: Grid, rows: slice, columns: slice
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments for a smaller picture: the latent tokens in these rows and columns of the grid, on their own.
+
+        Raises ControlError for families whose denoiser cannot be called so.
+        """
+        sample = self.sample(args, kwargs)
+        if sample.ndim != 4:
+            raise ControlError(
+                f"a part of the picture cannot be drawn on its own by {type(self.model).__name__}: that works with "
+                "UNets, Stable Diffusion 3, PixArt, SANA, FLUX and QwenImage."
+            )
+        side = sample.shape[-2] // grid[1]
+        cut = sample[..., rows.start * side : rows.stop * side, columns.start * side : columns.stop * side]
+        return self.with_sample(args, kwargs, cut.contiguous())
 
     def text_tokens(self, args: tuple, kwargs: dict[str, Any], rows: slice) -> int:
         """How many text tokens the call has; rows: the conditional ones, or those of the call's only branch."""
@@ -166,13 +215,16 @@ class Family:
         raise NotImplementedError
 
     def blank_call(
-        self, site: Site, step: Step, latents: Grid, batch: int, text_tokens: int, like: torch.Tensor
+        self, site: Site, step: Step, branch: str, latents: Grid, batch: int, text: int, sample: torch.Tensor
     ) -> Call:
-        """A call without contents, for asking a control for its mask before the model runs (torch.compile)."""
+        """A call without contents, for asking a control for its mask before the model runs (torch.compile).
+
+        text: how many text tokens the call has. sample: the denoiser's input.
+        """
         queries = TokenLayout.of_latents(site.grid(latents))
-        keys = queries if site.kind == "self" else TokenLayout.of_text(text_tokens)
-        empty = like.new_empty(batch, 1, 0, 1)
-        return Call(site, step, "cond", empty, empty, empty, 1.0, queries, keys)
+        keys = queries if site.kind == "self" else TokenLayout.of_text(text)
+        empty = sample.new_empty(batch, 1, 0, 1)
+        return Call(site, step, branch, empty, empty, empty, 1.0, queries, keys)
 
 
 def keep_length(text: Text, like: torch.Tensor, why: str) -> None:

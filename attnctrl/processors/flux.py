@@ -9,12 +9,13 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from attnctrl.processors.family import Family, uncompiled
+from attnctrl.compiled import own_mask
+from attnctrl.processors.family import Family, Names, uncompiled
 from attnctrl.processors.joint import JointProcessor, after_text, blocks_of
-from attnctrl.processors.packing import blocks_of_pictures, own_grid, pictures_of_blocks
+from attnctrl.processors.packing import blocks_of_pictures, cropped, own_grid, pictures_of_blocks
 from attnctrl.processors.work import Work
 from attnctrl.prompt import Reader
-from attnctrl.sites import Grid, Site, TokenLayout
+from attnctrl.sites import Call, Grid, Site, Step, TokenLayout
 from attnctrl.text import Text
 
 
@@ -73,8 +74,11 @@ class FluxProcessor(JointProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
+        attnctrl_masks: dict[str, torch.Tensor] | None = None,
+        attnctrl_block_masks: dict[str, torch.Tensor] | None = None,
     ) -> Any:
-        return self.answer(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return self.answer(*given, compiled_mask=own_mask(self.site, attnctrl_masks, attnctrl_block_masks))
 
     def layouts(self, layer: FluxLayer, work: Work) -> tuple[TokenLayout, TokenLayout]:
         layout = after_text(work.text, work.latents)
@@ -87,8 +91,10 @@ class FluxFamily(Family):
     describes = "FLUX.1 pipelines (FluxTransformer2DModel)"
     processor = FluxProcessor
     plain = (FluxAttnProcessor,)
+    names = Names(extras="joint_attention_kwargs", pooled="pooled_projections")
     separate = True
     encodes = 2
+    blocks = r"^(single_)?transformer_blocks\.\d+$"
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe.transformer)
@@ -111,6 +117,22 @@ class FluxFamily(Family):
         """Reference tokens follow the picture's; the conditions of Fill and Control are further channels."""
         return sample[:, : grid[1] * grid[2], : int(self.model.out_channels)]
 
+    def with_text(self, args: tuple, kwargs: dict[str, Any], text: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """Every text token has position 0."""
+        ids = self.signature.get(args, kwargs, "txt_ids")
+        args, kwargs = self.signature.put(args, kwargs, "txt_ids", ids.new_zeros(text.shape[1], ids.shape[-1]))
+        return super().with_text(args, kwargs, text)
+
+    def with_crop(
+        self, args: tuple, kwargs: dict[str, Any], grid: Grid, rows: slice, columns: slice
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Positions count from the crop's own corner."""
+        ids = self.signature.get(args, kwargs, "img_ids")
+        corner = slice(0, rows.stop - rows.start), slice(0, columns.stop - columns.start)
+        ids = cropped(ids.reshape(1, -1, ids.shape[-1]), grid, *corner)[0]
+        args, kwargs = self.signature.put(args, kwargs, "img_ids", ids)
+        return self.with_sample(args, kwargs, cropped(self.sample(args, kwargs), grid, rows, columns))
+
     def unpacked(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         return pictures_of_blocks(latents, grid)
 
@@ -119,6 +141,18 @@ class FluxFamily(Family):
 
     def prediction(self, output: torch.Tensor, grid: Grid) -> torch.Tensor:
         return output[:, : grid[1] * grid[2]]
+
+    def required(self, pipe: Any) -> dict[str, Any]:
+        """By default the pipeline asks for 512 tokens: T5 takes any number, encoders with a table of positions not."""
+        limit = getattr(getattr(pipe.text_encoder_2, "config", None), "max_position_embeddings", None)
+        return {} if limit is None else {"max_sequence_length": limit}
+
+    def blank_call(
+        self, site: Site, step: Step, branch: str, latents: Grid, batch: int, text: int, sample: torch.Tensor
+    ) -> Call:
+        """With as many tokens as the sequence has, reference tokens included."""
+        empty, layout = sample.new_empty(batch, 1, text + sample.shape[1], 0), after_text(text, latents)
+        return Call(site, step, branch, empty, empty, empty, 1.0, layout, layout)
 
     def text(self, outputs: tuple) -> Text:
         """The result of `encode_prompt`: (T5 embeddings, pooled CLIP embedding, text ids)."""

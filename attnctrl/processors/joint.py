@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from attnctrl.kernels import attention, combine_masks
+from attnctrl.kernels.traced import numbered_group_attention
 from attnctrl.processors.attend import attend, observe_only
 from attnctrl.processors.work import Branch, Work
 from attnctrl.sites import Call, Grid, Site, TokenLayout
@@ -65,10 +67,14 @@ class JointProcessor:
         """Further fields of the layer's calls."""
         return {}
 
-    def answer(self, *given: Any) -> Any:
-        """What the stock processor returns for these arguments, under the controls of the run."""
-        # The sampler refuses controls that act on a compiled model.
-        work: Work | None = None if torch.compiler.is_compiling() else self.owner.work(self.site)
+    def answer(self, *given: Any, compiled_mask: torch.Tensor | None = None) -> Any:
+        """What the stock processor returns for these arguments, under the controls of the run.
+
+        compiled_mask: inside torch.compile, the mask that they make for this site together (`compiled.site_masks`).
+        """
+        if torch.compiler.is_compiling():
+            return self.stock(*given) if compiled_mask is None else self._masked(compiled_mask, *given)
+        work: Work | None = self.owner.work(self.site)
         if work is None:
             return self.stock(*given)
         output = self.stock(*given) if work.observed_only else None
@@ -79,6 +85,15 @@ class JointProcessor:
             return output
         outputs = [attend(call, work) for call in calls.values()]
         return layer.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+    def _masked(self, mask: torch.Tensor, *given: Any) -> Any:
+        """The traceable form: one mask for all rows, or the number of token groups."""
+        layer = type(self).layer(*given)
+        parts = (layer.query, layer.key, layer.value)
+        if mask.ndim == 0:
+            return layer.finish(numbered_group_attention(*parts, mask, layer.mask, layer.scale))
+        both = mask if layer.mask is None else combine_masks([layer.mask, mask])
+        return layer.finish(attention(*parts, both, layer.scale))
 
     def _call(self, layer: JointLayer, work: Work, branch: Branch) -> Call:
         rows = branch.rows

@@ -19,6 +19,13 @@ def blocks_of_pictures(latents: torch.Tensor) -> torch.Tensor:
     return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(1, 2)
 
 
+def cropped(tokens: torch.Tensor, grid: Grid, rows: slice, columns: slice) -> torch.Tensor:
+    """The part (batch, tokens, channels) of tokens in these rows and columns; what follows the grid's tokens stays."""
+    count = grid[1] * grid[2]
+    part = tokens[:, :count].unflatten(1, grid[1:])[:, rows, columns].flatten(1, 2)
+    return torch.cat([part, tokens[:, count:]], dim=1)
+
+
 def own_grid(ids: torch.Tensor) -> Grid:
     """The grid of the picture from position ids (..., tokens, axes) of (reference number, row, column, ...).
 

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from attnctrl.processors.family import Family, uncompiled
 from attnctrl.processors.joint import JointProcessor, after_text, blocks_of
 from attnctrl.processors.masked import longer
-from attnctrl.processors.packing import blocks_of_pictures, pictures_of_blocks
+from attnctrl.processors.packing import blocks_of_pictures, cropped, pictures_of_blocks
 from attnctrl.processors.work import Work
 from attnctrl.prompt import Reader
 from attnctrl.sites import Grid, Site, TokenLayout
@@ -127,6 +127,24 @@ class QwenFamily(Family):
     def latents(self, sample: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Reference tokens follow the picture's."""
         return sample[:, : grid[1] * grid[2]]
+
+    def with_text(self, args: tuple, kwargs: dict[str, Any], text: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """Text of another length has no padding."""
+        mask = self.signature.get(args, kwargs, "encoder_hidden_states_mask")
+        if mask is not None and mask.shape[1] != text.shape[1]:
+            args, kwargs = self.signature.put(args, kwargs, "encoder_hidden_states_mask", None)
+        return super().with_text(args, kwargs, text)
+
+    def with_crop(
+        self, args: tuple, kwargs: dict[str, Any], grid: Grid, rows: slice, columns: slice
+    ) -> tuple[tuple, dict[str, Any]]:
+        shape = (grid[0], rows.stop - rows.start, columns.stop - columns.start)
+        shapes = [
+            [shape, *one[1:]] if isinstance(one, list) else shape
+            for one in self.signature.get(args, kwargs, "img_shapes")
+        ]
+        args, kwargs = self.signature.put(args, kwargs, "img_shapes", shapes)
+        return self.with_sample(args, kwargs, cropped(self.sample(args, kwargs), grid, rows, columns))
 
     def unpacked(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         return pictures_of_blocks(latents, grid)

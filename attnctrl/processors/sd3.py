@@ -8,7 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 
-from attnctrl.processors.family import Family, uncompiled
+from attnctrl.processors.family import Family, Names, uncompiled
 from attnctrl.processors.joint import JointProcessor, before_text
 from attnctrl.processors.work import Branch, Work
 from attnctrl.prompt import Reader
@@ -83,6 +83,7 @@ class SD3Family(Family):
     describes = "Stable Diffusion 3 and 3.5 pipelines (SD3Transformer2DModel)"
     processor = SD3Processor
     plain = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
+    names = Names(pooled="pooled_projections")
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe.transformer)

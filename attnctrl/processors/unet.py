@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +15,10 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from attnctrl.compiled import compiled_in_place
 from attnctrl.processors.classic import ClassicProcessor
 from attnctrl.processors.family import Family, Names, uncompiled
 from attnctrl.prompt import Reader
-from attnctrl.sites import BLOCK_MASKS, MASKS, Grid, Site
+from attnctrl.sites import Grid, Site
 from attnctrl.text import Text
 
 
@@ -34,6 +30,7 @@ class UNetFamily(Family):
     # These compute the same function of the layer's weights; others (IP-Adapter's, PAG's) do more than that.
     plain = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
     names = Names(latents="sample", extras="cross_attention_kwargs")
+    blocks = r"\.transformer_blocks\.\d+$"
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe.unet)
@@ -67,6 +64,13 @@ class UNetFamily(Family):
         """Inpainting UNets take more channels than they return, the rest being conditions."""
         return sample[:, : int(self.model.config.out_channels)]
 
+    def with_pooled(self, args: tuple, kwargs: dict[str, Any], pooled: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+        """SDXL's stands among its conditions."""
+        conditions = self.signature.get(args, kwargs, "added_cond_kwargs")
+        if not conditions or "text_embeds" not in conditions:
+            return args, kwargs
+        return self.signature.put(args, kwargs, "added_cond_kwargs", {**conditions, "text_embeds": pooled})
+
     def text(self, outputs: tuple) -> Text:
         """The result of `encode_prompt`: (positive, negative) or (positive, negative, pooled, negative pooled)."""
         return Text(*outputs)
@@ -78,22 +82,3 @@ class UNetFamily(Family):
         second = getattr(pipe, "tokenizer_2", None)
         # The two encoders of SDXL stand side by side, token by token.
         return [Reader(pipe.tokenizer), *([] if second is None else [Reader(second, "prompt_2")])]
-
-    def compiled_blocks(self) -> list[tuple[torch.nn.Module, Callable]]:
-        """The transformer blocks that are compiled one by one, with what gives each its own masks by site kind."""
-        sites = [site for site, _ in self.sites()]
-        return [
-            (module, partial(_with_block_masks, [site for site in sites if site.name.startswith(name + ".")]))
-            for name, module in self.model.named_modules()
-            if re.search(r"\.transformer_blocks\.\d+$", name) and compiled_in_place(module)
-        ]
-
-
-def _with_block_masks(sites: list[Site], call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    extra = kwargs.get("cross_attention_kwargs") or {}
-    if MASKS in extra:
-        extra = dict(extra)
-        masks = extra.pop(MASKS)
-        extra[BLOCK_MASKS] = {site.kind: masks[site.name] for site in sites if site.name in masks}
-        kwargs = {**kwargs, "cross_attention_kwargs": extra}
-    return call(*args, **kwargs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from attnctrl.errors import ControlError
+from attnctrl.kernels import TokenGroups
 from attnctrl.report import Report
 from attnctrl.sampling import Active
 from attnctrl.sites import Call, Grid, Step
@@ -65,5 +66,5 @@ class Work:
     branches: tuple[Branch, ...]
     active: dict[str, tuple[Active, ...]]
     report: Report
-    observe: Callable[[Call, torch.Tensor | None, torch.Tensor | None], None] | None = None
+    observe: Callable[[Call, torch.Tensor | None, torch.Tensor | TokenGroups | None], None] | None = None
     observed_only: bool = False

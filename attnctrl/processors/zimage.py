@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attnctrl.calls import rows_of
 from attnctrl.errors import ControlError
-from attnctrl.processors.family import Family, Names, uncompiled
+from attnctrl.processors.family import Family, Names, keep_length, uncompiled
 from attnctrl.processors.joint import JointProcessor
 from attnctrl.processors.work import Branch, Work
 from attnctrl.prompt import Reader
@@ -172,6 +172,8 @@ class ZImageFamily(Family):
         return Text(_stacked(positive), _stacked(negative) if negative else None)
 
     def outputs(self, text: Text, like: tuple) -> tuple:
+        why = "Z-Image counts the positions of its latents from the end of the text, and refines all text together"
+        keep_length(text, _stacked(like[0]), why)
         return _unstacked(text.positive, like[0]), _unstacked(text.negative, like[1])
 
     def readers(self, pipe: Any, arguments: dict[str, Any]) -> list[Reader]:
@@ -189,9 +191,7 @@ def _stacked(texts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _unstacked(together: torch.Tensor | None, like: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The reverse: as many tokens as each had, all of them where a control appended some."""
+    """The reverse: as many tokens as each had."""
     if together is None:
         return []
-    if together.shape[1] > padded(max(map(len, like))):
-        return list(together.unbind())
     return [row[: len(old)] for row, old in zip(together, like, strict=True)]

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from attnctrl.errors import ControlError
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel, SchedulerMixin
 
 _WEIGHTS = Path(__file__).parent / "weights"
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def weights_path(name: str = "sd") -> Path:
-    """The folder of a shipped model, which `from_pretrained` takes like any other.
+    """The folder of a shipped model, which `from_pretrained` takes like any other, or of a LoRA, "model+lora".
 
     Raises:
-        ValueError: there is no shapes model of this name; the message lists those there are.
+        ControlError: there is no shapes model of this name; the message lists those there are.
     """
-    known = sorted(p.parent.name for p in _WEIGHTS.glob("*/model_index.json"))
-    if name not in known:
-        raise ValueError(f"unknown shapes model {name!r}; known: {', '.join(known) or 'none'}")
-    return _WEIGHTS / name
+    folders = {p.parent.name: p.parent for p in sorted(_WEIGHTS.glob("*/model_index.json"))}
+    folders |= {f"{p.parent.parent.name}+{p.parent.name}": p.parent for p in sorted(_WEIGHTS.glob(f"*/*/{LORA}"))}
+    if name not in folders:
+        raise ControlError(f"unknown shapes model {name!r}; known: {', '.join(folders) or 'none'}.")
+    return folders[name]
 
 
 def load(name: str = "sd", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DiffusionPipeline:
@@ -31,22 +36,37 @@ def load(name: str = "sd", dtype: torch.dtype = torch.float32, device: str | tor
     Args:
         name: "sd" is a Stable Diffusion in miniature (DDIM, no safety checker). "dit" is a FLUX in miniature
             (rectified flow); it shares the text encoder and the autoencoder of "sd", and its calls want
-            `max_sequence_length=32`, the length of the text it was trained on.
+            `max_sequence_length=32`, the length of the text it was trained on, and for guidance `true_cfg_scale` with
+            `negative_prompt=""`; `LayoutPipeline` and the commands see to both. "dit+entities" is the same with the
+            LoRA that EliGen's masks were trained with, for `EliGen(regions, entity_tokens=8)`; `disable_lora()` and
+            `enable_lora()` of the pipeline switch it.
         dtype: of the weights once loaded; they are stored in float16.
         device: where to put them.
 
     Raises:
-        ValueError: the name is unknown.
+        ControlError: the name is unknown, or a LoRA is asked for and peft is not installed.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, StableDiffusionPipeline
 
-    path = weights_path(name)
+    model, plus, lora = name.partition("+")
+    path = weights_path(model)
     # Converted here rather than by from_pretrained, whose argument for it changed its name.
     if name == "sd":
         return StableDiffusionPipeline.from_pretrained(path, local_files_only=True).to(device, dtype)
+    adapter = weights_path(name) if plus else None
     transformer = FluxTransformer2DModel.from_pretrained(path / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler")
-    return assemble(transformer, scheduler).to(device, dtype)
+    pipeline = assemble(transformer, scheduler)
+    if adapter is not None:
+        need_peft(f"the shapes model {name!r}")
+        pipeline.load_lora_weights(adapter, weight_name=LORA, adapter_name=lora)
+    return pipeline.to(device, dtype)
+
+
+def need_peft(what: str) -> None:
+    """Raises ControlError where peft, which diffusers needs for every LoRA, is not installed."""
+    if find_spec("peft") is None:
+        raise ControlError(f"{what} needs peft: pip install 'attnctrl[lora]'.")
 
 
 def assemble(transformer: FluxTransformer2DModel, scheduler: SchedulerMixin) -> FluxPipeline:

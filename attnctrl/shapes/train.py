@@ -6,34 +6,44 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from transformers import CLIPTextModel
 
-from . import models
+from attnctrl.errors import ControlError
+
 from .budget import Budget
 from .crew import SOLO, Crew, run_crew
-from .ema import Average
-from .pretrained import assemble, weights_path
-from .tokenizer import load_tokenizer
+from .export import export, export_transformer, load_vae, text_encoder
+from .pretrained import need_peft, weights_path
 from .train_autoencoder import AutoencoderRecipe, psnr, refine_decoder, train_autoencoder
 from .train_denoiser import DenoiserRecipe, encode_world, scene_latents, train_denoiser
+from .train_entities import EntityRecipe, save_lora, train_entities
+from .train_flow import FlowRecipe
 from .train_text import TextRecipe, train_text_encoder
 from .train_transformer import TransformerRecipe, train_transformer
+
+Recipe = TypeVar("Recipe", bound=FlowRecipe)
 
 SHARES = {
     "sd": {"autoencoder": 0.19, "text": 0.02, "denoiser": 0.71, "decoder": 0.08},
     "dit": {"transformer": 1.0},
+    "entities": {"entities": 1.0},
 }
 """Each model's stages with their parts of `--minutes`; encoding the training scenes (some minutes) comes on top."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `attnctrl train-shapes`."""
-    parser.add_argument("name", choices=tuple(SHARES), help="which shapes model to train")
-    parser.add_argument("--out", type=Path, required=True, help="working directory; the pipeline goes to OUT/pipeline")
+    parser.add_argument("name", choices=tuple(SHARES), help="which shapes model to train; entities: a LoRA of dit")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="working directory; the pipeline goes to OUT/pipeline, a LoRA to OUT/lora",
+    )
     parser.add_argument(
         "--minutes",
         type=float,
@@ -55,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, choices=(1, 2, 4), help="processes sharing the work on a cpu; default: as it has cores"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="dit: train through torch.compile, a sixth faster")
+    parser.add_argument(
+        "--compile", action="store_true", help="dit, entities: train through torch.compile, a sixth faster"
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="entities: the folder of the dit pipeline; default: the shipped one"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in OUT")
 
 
@@ -63,73 +78,23 @@ def budgets(name: str, minutes: list[float], steps: list[int] | None) -> dict[st
     """One budget for each stage of the model `name`.
 
     Raises:
-        ValueError: steps does not give one number per stage, or minutes neither that nor one number.
+        ControlError: steps does not give one number per stage, or minutes neither that nor one number; or a number
+            below 1 (steps) or 0 (minutes).
     """
     shares = SHARES[name]
     if steps is None and len(minutes) == 1:
         minutes = [minutes[0] * share for share in shares.values()]
     given = minutes if steps is None else steps
     if len(given) != len(shares):
-        raise ValueError(f"{name} has {len(shares)} stages ({', '.join(shares)}), but {len(given)} numbers were given")
+        raise ControlError(
+            f"{name} has {len(shares)} stages ({', '.join(shares)}), but {len(given)} numbers were given."
+        )
+    unit, least = ("minutes", 0) if steps is None else ("steps", 1)
+    if min(given) < least:
+        raise ControlError(f"{min(given):g} {unit} were given: give {least} or more.")
     if steps is not None:
         return {stage: Budget(steps=n) for stage, n in zip(shares, steps, strict=True)}
     return {stage: Budget(minutes=m) for stage, m in zip(shares, minutes, strict=True)}
-
-
-def save_pipeline(vae: AutoencoderTiny, unet: UNet2DConditionModel, text: CLIPTextModel, path: Path) -> None:
-    """Write a StableDiffusionPipeline in float16 safetensors. The models given are left as they are."""
-    parts = {"vae": models.autoencoder(), "unet": models.denoiser(), "text_encoder": text_encoder()}
-    for part, trained in zip(parts.values(), (vae, unet, text), strict=True):
-        part.load_state_dict({k: v.cpu() for k, v in trained.state_dict().items()})
-        part.to(torch.float16)
-    pipeline = StableDiffusionPipeline(
-        **parts,
-        tokenizer=load_tokenizer(),
-        scheduler=models.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(path, safe_serialization=True)
-
-
-def text_encoder() -> CLIPTextModel:
-    """An untrained text encoder that fits the committed tokenizer."""
-    tokenizer = load_tokenizer()
-    return models.text_encoder(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
-
-
-def load_denoiser(out: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, int]:
-    """The averaged models of the denoiser checkpoint in `out`, finished or not, and its step."""
-    modules = {"unet": models.denoiser(), "text": text_encoder()}
-    saved = torch.load(out / "denoiser.pt", map_location="cpu", weights_only=True)
-    average = Average(modules, 0.0)
-    average.load_state_dict(saved["state"]["average"])
-    average.copy_to(modules)
-    return modules["unet"].eval(), modules["text"].eval(), saved["step"]
-
-
-def export(out: Path, path: Path) -> int:
-    """Write the pipeline as it stands in the working directory `out` (training may be going on); returns the step."""
-    vae = AutoencoderTiny.from_pretrained(out / "vae")
-    if (out / "decoder.pt").exists():
-        vae = load_vae(out / "decoder.pt")
-    unet, text, step = load_denoiser(out)
-    save_pipeline(vae, unet, text, path)
-    return step
-
-
-def export_transformer(out: Path, path: Path) -> int:
-    """Write the transformer as it stands in `out`, with its scheduler and the pipeline's index; returns the step."""
-    transformer = models.transformer()
-    saved = torch.load(out / "transformer.pt", map_location="cpu", weights_only=True)
-    average = Average({"transformer": transformer}, 0.0)
-    average.load_state_dict(saved["state"]["average"])
-    average.copy_to({"transformer": transformer})
-    transformer.to(torch.float16).save_pretrained(path / "transformer", safe_serialization=True)
-    models.flow_scheduler().save_pretrained(path / "scheduler")
-    assemble(transformer, models.flow_scheduler()).save_config(path)
-    return saved["step"]
 
 
 def _autoencoder_stage(
@@ -154,29 +119,36 @@ def _denoiser_stage(crew: Crew, out: Path, budget: Budget, recipe: DenoiserRecip
 def _transformer_stage(
     crew: Crew, out: Path, budget: Budget, recipe: TransformerRecipe, device: str, resume: bool
 ) -> None:
-    text = CLIPTextModel.from_pretrained(weights_path("sd") / "text_encoder").float()
     latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
-    train_transformer(text, latents, out, budget, recipe, device, resume, crew)
+    train_transformer(_shipped_text(), latents, out, budget, recipe, device, resume, crew)
+
+
+def _entities_stage(
+    crew: Crew, out: Path, base: Path, budget: Budget, recipe: EntityRecipe, device: str, resume: bool
+) -> None:
+    transformer = FluxTransformer2DModel.from_pretrained(base / "transformer").float()
+    latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
+    train_entities(transformer, _shipped_text(), latents, out, budget, recipe, device, resume, crew)
+    if crew.rank == 0:
+        save_lora(transformer, out / "lora")
+
+
+def _shipped_text() -> CLIPTextModel:
+    return CLIPTextModel.from_pretrained(weights_path("sd") / "text_encoder").float()
 
 
 def _decoder_stage(crew: Crew, out: Path, budget: Budget, recipe: AutoencoderRecipe, device: str, resume: bool) -> None:
     refine_decoder(AutoencoderTiny.from_pretrained(out / "vae"), out, budget, recipe, device, resume, crew)
 
 
-def load_vae(checkpoint: Path) -> AutoencoderTiny:
-    """The autoencoder in a checkpoint of an autoencoder or decoder stage."""
-    vae = models.autoencoder()
-    vae.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state"]["vae"])
-    return vae.eval()
-
-
 def main(args: argparse.Namespace) -> int:
-    """Run every stage that is not finished yet; 0 on success."""
+    """Run every stage that is not finished yet; 0 on success. Raises ControlError for bad numbers."""
+    budget = budgets(args.name, args.minutes, args.steps)
     # Denormal numbers slow a CPU down; the setting belongs to the whole process, so it is put back.
     torch.set_flush_denormal(True)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        {"sd": _train_sd, "dit": _train_dit}[args.name](args)
+        {"sd": _train_sd, "dit": _train_dit, "entities": _train_entities}[args.name](args, budget)
         return 0
     finally:
         torch.set_flush_denormal(False)
@@ -195,9 +167,8 @@ def _run(processes: int, out: Path, stage: Callable[..., None], *work: Any) -> N
         stage(SOLO, *work)
 
 
-def _train_sd(args: argparse.Namespace) -> None:
+def _train_sd(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     out, device, resume, processes = args.out, args.device, args.resume, _processes(args)
-    budget = budgets("sd", args.minutes, args.steps)
     cuda = device != "cpu"
     images = AutoencoderRecipe(seed=args.seed, images=16 if cuda else 4)
     batch = args.batch or (128 if cuda else 16)
@@ -214,18 +185,47 @@ def _train_sd(args: argparse.Namespace) -> None:
     export(out, out / "pipeline")
 
 
-def _train_dit(args: argparse.Namespace) -> None:
+def _train_dit(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     """On the autoencoder and the text encoder that ship with `sd`."""
-    out, resume, processes = args.out, args.resume, _processes(args)
-    batch = args.batch or (256 if args.device != "cpu" else TransformerRecipe.batch)
-    recipe = TransformerRecipe(seed=args.seed, batch=batch, compiled=args.compile)
-    if not (resume and (out / "latents.pt").exists()):
+    recipe = _flow_recipe(args, TransformerRecipe, 256)
+    _encode_scenes(args)
+    _run(
+        _processes(args),
+        args.out,
+        _transformer_stage,
+        args.out,
+        budget["transformer"],
+        recipe,
+        args.device,
+        args.resume,
+    )
+    export_transformer(args.out, args.out / "pipeline")
+
+
+def _train_entities(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
+    """On `dit`, shipped or given."""
+    need_peft("train-shapes entities")
+    base = args.base or weights_path("dit")
+    if not (base / "transformer" / "config.json").exists():
+        raise ControlError(f"--base {base} holds no transformer: give the folder of a dit pipeline.")
+    recipe = _flow_recipe(args, EntityRecipe, 128)
+    _encode_scenes(args)
+    work = (args.out, base, budget["entities"], recipe, args.device, args.resume)
+    _run(_processes(args), args.out, _entities_stage, *work)
+
+
+def _flow_recipe(args: argparse.Namespace, recipe: type[Recipe], on_gpu: int) -> Recipe:
+    """The recipe as the command line has it; on_gpu: the batch where there is one."""
+    batch = args.batch or (on_gpu if args.device != "cpu" else recipe.batch)
+    return recipe(seed=args.seed, batch=batch, compiled=args.compile)
+
+
+def _encode_scenes(args: argparse.Namespace) -> None:
+    """OUT/latents.pt: the training scenes under the shipped autoencoder."""
+    if not (args.resume and (args.out / "latents.pt").exists()):
         count = args.scenes or DenoiserRecipe.scenes
-        latents = scene_latents(weights_path("sd") / "vae", out, count, args.device, processes)
-        torch.save({"latents": latents.half()}, out / "latents.pt")
-    budget = budgets("dit", args.minutes, args.steps)["transformer"]
-    _run(processes, out, _transformer_stage, out, budget, recipe, args.device, resume)
-    export_transformer(out, out / "pipeline")
+        latents = scene_latents(weights_path("sd") / "vae", args.out, count, args.device, _processes(args))
+        torch.save({"latents": latents.half()}, args.out / "latents.pt")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from diffusers import StableDiffusionPipeline
 
 from attnctrl.bench import add_arguments, layout, main
 from attnctrl.bench.results import fingerprint
-from attnctrl.shapes import models
+from attnctrl.shapes import models, pretrained
 from attnctrl.shapes.tokenizer import load_tokenizer
+from tests import dit
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,37 @@ def test_overhead_compares_with_the_stock_pipeline_at_each_batch_size(bench: Any
     assert loss["losses"] == 2  # one in each of the two steps
     assert {"ratio", "ratio_cpu", "loss_to_forward", "loss_to_forward_backward"} == set(loss["metrics"])
     assert "| denoiser forward + backward" in capsys.readouterr().out
+
+
+def test_arguments_of_the_call_belong_to_the_settings(bench: Any, capsys: Any) -> None:
+    line = "layout --images 2 --objects 2 --methods none"
+    _, plain = bench(line)
+    assert "call" not in plain["settings"]
+    status, called = bench(line, "--call", "guidance_scale=1.0", "guidance_rescale=0.5")
+    assert status == 0
+    assert called["settings"]["call"] == {"guidance_scale": 1.0, "guidance_rescale": 0.5}
+    assert bench(line, "--resume")[0] == 2
+    assert bench(line, "--call", "speed=1")[0] == 2
+    assert 'a call of StableDiffusionPipeline has no "speed"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["shapes-dit", "shapes-dit+entities"])
+def test_a_flux_class_model_runs_with_its_own_methods(
+    name: str, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "_WEIGHTS", dit.write(tmp_path / "weights"))
+    status, found = bench("layout --images 2 --objects 2", "--model", name)
+    assert status == 0
+    assert [row["method"] for row in found["rows"]] == ["none", "layout-guidance", "eligen", "ideal"]
+    assert found["model"] == name
+    status, found = bench("layout --images 2 --objects 2 --methods none,eligen{entity_tokens=8}", "--model", name)
+    assert status == 0
+    assert [row["images"] for row in found["rows"]] == [2, 2]
+    status, found = bench("overhead --images 1", "--model", name)
+    assert status == 0
+    rows = {row["method"] for row in found["rows"] if row["batch"] == 4}
+    assert {"none", "eligen", "attend-excite{window=0..1}", "denoiser forward + backward"} <= rows
+    assert not {"region-mask", "loco{iterations=1;window=0..1}"} & rows
 
 
 def test_a_model_trained_anew_under_the_same_name_is_told_apart(model: str) -> None:

@@ -11,8 +11,10 @@ from PIL import Image
 
 import attnctrl as ac
 from attnctrl.cli import main
-from attnctrl.commands.layout import parse_regions, parse_setting
-from tests import tiny
+from attnctrl.commands.layout import parse_regions
+from attnctrl.commands.settings import parse_settings
+from attnctrl.shapes import pretrained
+from tests import dit, tiny
 
 BOXES = ["--region", "a cat@0.0,0.0,0.5,1.0", "--region", "a dog@0.5,0.0,1.0,1.0"]
 
@@ -66,7 +68,9 @@ def test_nothing_is_overwritten_unasked(model: str, tmp_path: Path, capsys: Any)
         (["--region", "a cat@0,0,2,1"], [], "a cat"),
         (["--region", "a bird@0,0,1,1"], ["--method", "region-mask"], '"a bird" is not in the prompt'),
         (BOXES, ["--method", "nothing"], 'method "nothing" is unknown'),
-        (BOXES, ["--set", "scale"], "write parameter=value"),
+        (BOXES, ["--set", "scale"], '--set "scale": write name=value'),
+        (BOXES, ["--call", "eta"], '--call "eta": write name=value'),
+        (BOXES, ["--call", "scale=3"], 'a call of StableDiffusionPipeline has no "scale": it has prompt, height'),
         (BOXES, ["--set", "strength=1"], '"strength" is no parameter of loco'),
         (["--region", "a cat"], ["--mask", "nowhere.png"], "nowhere.png"),
     ],
@@ -79,7 +83,7 @@ def test_bad_input_ends_with_its_sentence(
     assert "attnctrl layout: " in printed
     assert sentence in printed
     # Only what the prompt and the model decide waits until the model is loaded.
-    assert ("Loading pipeline" in printed) == ("not in the prompt" in sentence)
+    assert ("Loading pipeline" in printed) == ("not in the prompt" in sentence or "a call of" in sentence)
     assert not (tmp_path / "picture.png").exists()
 
 
@@ -98,6 +102,29 @@ def test_phrases_alone_take_the_masks_in_order(tmp_path: Path) -> None:
 
 
 def test_settings_are_python_values() -> None:
-    assert parse_setting("scale=1.5") == ("scale", 1.5)
-    assert parse_setting("sharpen=False") == ("sharpen", False)
-    assert parse_setting("free_tokens=push") == ("free_tokens", "push")
+    found = parse_settings(["scale=1.5", "sharpen=False", "free_tokens=push", "sizes=[1, 2]"], "--set")
+    assert found == {"scale": 1.5, "sharpen": False, "free_tokens": "push", "sizes": [1, 2]}
+
+
+def test_call_arguments_reach_the_pipeline(model: str, tmp_path: Path) -> None:
+    pictures = []
+    for name, more in (("a", ()), ("b", ("--guidance", "1")), ("c", ("--call", "guidance_scale=1.0", "height=64"))):
+        out = tmp_path / f"{name}.png"
+        assert run(model, out, "--method", "region-mask", *more) == 0
+        pictures.append(np.asarray(Image.open(out)))
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert pictures[2].shape == (64, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["shapes-dit", "shapes-dit+entities"])
+def test_a_flux_class_model_needs_no_further_arguments(
+    name: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "_WEIGHTS", dit.write(tmp_path / "weights"))
+    prompt = ["--prompt", "a red circle and a blue star"]
+    regions = ["--region", "a red circle@0,0,0.5,1", "--region", "a blue star@0.5,0,1,1"]
+    method = ["--method", "eligen", "--set", "entity_tokens=8", "--steps", "2", "--device", "cpu"]
+    out = tmp_path / "picture.png"
+    assert main(["layout", *prompt, *regions, *method, "--model", name, "--out", str(out)]) == 0
+    assert Image.open(out).size == (128, 128)
+    assert "EliGen" in capsys.readouterr().out

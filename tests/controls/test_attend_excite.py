@@ -8,10 +8,12 @@ import torch
 import attnctrl as ac
 from attnctrl.controls.fidelity.attend_excite import excited_maps, neglect
 from attnctrl.stepmaps import CrossMap, StepMaps
+from attnctrl.subjects import Subjects
 from tests.methods import SITES, sampling, step
 
 D = torch.float64
 BOTH = torch.tensor([[True, True]])
+INNER = torch.tensor([[False, True, True, False]])
 
 
 def test_the_worst_subject_counts() -> None:
@@ -41,8 +43,8 @@ def test_the_gradient_reaches_the_neighbourhood_of_the_highest_pixel_alone() -> 
     probs[..., 1], probs[..., 2] = 0.010, 0.012
     probs[0, 12, 1] = 0.02
     leaf = probs.requires_grad_(True)
-    tokens = torch.tensor([[[False, True, False, False]]])
-    loss = neglect(excited_maps(maps_of(leaf, (5, 5)), tokens), torch.tensor([[True]]))
+    subjects = Subjects(torch.tensor([[[False, True, False, False]]]), INNER)
+    loss = neglect(excited_maps(maps_of(leaf, (5, 5)), subjects), torch.tensor([[True]]))
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     touched = (gradient.abs().sum(dim=-1) > 0).reshape(5, 5)
     expected = torch.zeros(5, 5, dtype=torch.bool)
@@ -55,7 +57,7 @@ def test_the_maps_by_hand() -> None:
     """Shares of a uniform picture: softmax(100 A) over the words between the first and the last position."""
     probs = torch.tensor([0.9, 0.02, 0.03, 0.05]).expand(1, 4, 4)
     tokens = torch.tensor([[[False, True, False, False], [False, True, True, False]]])
-    found = excited_maps(maps_of(probs, (2, 2)), tokens)
+    found = excited_maps(maps_of(probs, (2, 2)), Subjects(tokens, INNER))
     shares = torch.tensor([2.0, 3.0]).softmax(dim=0)
     torch.testing.assert_close(found[0, 0], shares[0].expand(4))
     torch.testing.assert_close(found[0, 1], torch.full((4,), 0.5))  # the mean over a phrase's tokens
@@ -73,8 +75,9 @@ def test_the_step_size_is_the_authors() -> None:
 def test_the_loss_of_the_control() -> None:
     control = ac.AttendExcite(("cat", "a dog"))
     state = control.begin(sampling(grid=(2, 2), images=2))
-    assert state.shape == (2, 2, 24)
-    assert state[0].nonzero().tolist() == [[0, 2], [1, 4], [1, 5]]
+    assert state.tokens.shape == (2, 2, 24)
+    assert state.contenders.nonzero().tolist() == [[row, i] for row in (0, 1) for i in range(1, 23)]
+    assert state.tokens[0].nonzero().tolist() == [[0, 2], [1, 4], [1, 5]]
     probs = torch.full((2, 4, 24), 0.01)
     probs[1, 0, [2, 4, 5]] = 0.5
     loss = control.loss(maps_of(probs, (2, 2)), step(0), state)

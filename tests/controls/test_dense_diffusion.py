@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import attnctrl as ac
-from attnctrl.controls.layout.dense_diffusion import decay, modulated
-from attnctrl.sites import Call, TokenLayout
+from attnctrl.controls.layout.dense_diffusion import alike, decay, modulated
+from attnctrl.sites import Call, Site, TokenLayout
 from tests import tiny
 from tests.methods import SITES, sampling, step
-from tests.probes import REGIONS
+from tests.probes import REGIONS, Context
 from tests.spies import COND, UNCOND, watch
+from tests.transformers import FAMILIES, draw
 
 INSIDE = torch.tensor([[[[True, False, False]]]])
 
@@ -116,6 +117,49 @@ def test_pixels_of_no_segment() -> None:
     assert torch.equal(kept[1:], own[0, 0, 1:])
     pushed = apply(ac.DenseDiffusion(left, self_weight=1.0, free_tokens="push"), "self", (1, 3), own)[0, 0]
     assert pushed[1:].tolist() == [[3, 3, 3], [6, 6, 6]]  # no pixel is of their segment: all to the row's minimum
+
+
+def test_joint_attention_of_two_halves() -> None:
+    """Latents left, right (rows 24, 25) behind 24 text tokens: each block is moved as if it stood alone."""
+    where = sampling(grid=(1, 2))
+    control = ac.DenseDiffusion(REGIONS, self_weight=1.0)
+    latent, text = slice(24, 26), slice(0, 24)
+    layout = TokenLayout(latent, text, (1, 1, 2))
+    empty = torch.empty(1, 1, 26, 1)
+    call = Call(Site("j", "joint", "", 0), step(0), "cond", empty, empty, empty, 1.0, layout, layout)
+    scores = torch.randn(1, 2, 26, 26, generator=torch.Generator().manual_seed(0))
+    before = scores.clone()
+    result = control.scores(scores, call, control.begin(where))
+    assert torch.equal(scores, before)
+    assert torch.equal(result[:, :, text], before[:, :, text])
+    cross = apply(control, "cross", (1, 2), before[:, :, latent, text])
+    own = apply(control, "self", (1, 2), before[:, :, latent, latent])
+    torch.testing.assert_close(result[:, :, latent, text], cross)
+    torch.testing.assert_close(result[:, :, latent, latent], own)
+    assert not torch.allclose(cross, before[:, :, latent, text])
+
+
+def test_without_a_start_token_phrases_are_replaced_all_the_same() -> None:
+    """T5 alone (FLUX), and T5 behind CLIP (SD3): each phrase gets what each encoder makes of it alone."""
+    phrases = ["cat", "a dog"]
+    regions = tuple(ac.Region(phrase, box=(i / 2, 0, i / 2 + 0.5, 1)) for i, phrase in enumerate(phrases))
+    for name in ("flux", "sd3"):
+        family, seen = FAMILIES[name], []
+        keep = Context(by=0.0, got=seen)
+        with ac.control(family.make(), keep, ac.DenseDiffusion(regions), keep, record=False) as run:
+            draw(run.pipe, family, steps=1)
+        (before, after), sampled = (text.positive[0] for text in seen[:2]), run.sampling
+        changed = (before != after).any(dim=-1).nonzero().flatten().tolist()
+        assert changed == sorted({*sampled.find("cat"), *sampled.find("a dog")})
+        for phrase, alone in zip(phrases, sampled.encode(phrases).positive, strict=True):
+            for encoder, single in zip(sampled.tokens[0], sampled.read([phrase])[0], strict=True):
+                torch.testing.assert_close(after[list(encoder.find(phrase))], alone[list(single.find(phrase))])
+
+
+def test_a_phrase_that_is_split_otherwise_alone() -> None:
+    assert alike((1, 2, 3), 3) == [1, 2, 3]
+    assert alike((1, 2), 4) == [1, 1, 2, 2]
+    assert alike((5, 6, 7), 1) == [5]
 
 
 def test_phrases_are_replaced_by_their_own_encoding() -> None:

@@ -56,7 +56,8 @@ def test_binding_by_hand() -> None:
 
 
 def words(group: list[int], noun: list[bool]) -> Words:
-    return Words(torch.ones(1, len(group), 3, dtype=torch.bool), torch.tensor([group]), torch.tensor([noun]))
+    tokens = torch.ones(1, len(group), 3, dtype=torch.bool)
+    return Words(tokens, tokens[:, 0], torch.tensor([group]), torch.tensor([noun]))
 
 
 def test_binding_is_the_mean_over_the_attributes_of_a_noun() -> None:
@@ -124,6 +125,7 @@ def test_refinements_end_when_every_subject_varies() -> None:
     ends = [control.loss(maps, step(0), state).last for maps in (flat, peaked)]
     assert [end.tolist() for end in ends if end is not None] == [[False], [True]]
     assert control.loss(flat, step(1), state).last is None
+    assert ac.DivideBind(("cat", "dog"), refinements=0).loss(peaked, step(0), state).last is None
 
 
 def test_prompts_with_fewer_subjects() -> None:

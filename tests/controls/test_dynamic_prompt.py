@@ -136,7 +136,7 @@ def test_the_background_is_found_once_in_a_step_from_all_steps() -> None:
 def test_without_self_attention_the_sentence_says_what_to_do() -> None:
     control = ac.DynamicPrompt(("cat", "dog"))
     maps = StepMaps(maps_of([0], [15]).cross)
-    with pytest.raises(ac.ControlError, match=r"DynamicPrompt finds the background by self-attention.*weight=0"):
+    with pytest.raises(ac.ControlError, match=r"reads self-attention on the grid .* background_weight=0"):
         control.loss(maps, step(0), control.begin(sampling(grid=(4, 4))))
 
 

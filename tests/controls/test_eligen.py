@@ -32,9 +32,9 @@ def matrix(make: Any, regions: Any = REGIONS, prompts: Any = "a cat and a dog") 
     layout = TokenLayout(slice(6, 10), slice(0, 6), (1, 2, 2))
     empty = torch.empty(len(given.prompts or ()), 1, 10, 1)
     call = Call(SITE, step(0), "cond", empty, empty, empty, 1.0, layout, layout)
-    groups = entities.mask(call, "rule", make)
+    groups = entities.mask(call, make)
     assert isinstance(groups, TokenGroups)
-    assert entities.mask(call, "rule", make) is groups
+    assert entities.mask(call, make) is groups
     return groups.dense()[:, 0]
 
 

@@ -10,6 +10,7 @@ import torch
 import attnctrl as ac
 from attnctrl.controls.fidelity.conflict_scores import component, otsu, overlap, scatter, subject_rows
 from attnctrl.controls.fidelity.noise_search import Adam, divergence, fresh, search
+from attnctrl.kernels import TokenGroups
 from attnctrl.stepmaps import CrossMap, SelfMap, StepMaps, blur
 from tests import tiny
 from tests.methods import SITES, sampling, self_map, step
@@ -36,7 +37,7 @@ def test_rows_are_those_of_the_highest_pixel() -> None:
     found[0, 0, 3], found[0, 1, 9] = 1.0, 1.0
     maps = StepMaps(self_={"s": self_map(matrix, (4, 4))})
     torch.testing.assert_close(subject_rows(maps, found, GRID), blur(matrix[None, [3, 9]].float(), GRID))
-    with pytest.raises(ac.ControlError, match=r"self-attention, which this model has not .*self_weight=0"):
+    with pytest.raises(ac.ControlError, match=r"reads self-attention on the grid .* off \(self_weight=0"):
         subject_rows(StepMaps(), found, GRID)
 
 
@@ -50,6 +51,19 @@ def test_rows_mind_heads_and_masks() -> None:
         one = SelfMap(SITES[0], (1, 2, 2), query, key, mask, 0.5)
         expected = torch.stack([one.dense()[b, positions[b]] for b in range(2)])
         torch.testing.assert_close(one.rows(positions), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_mind_token_groups(batch: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 3, 4, 5, generator=generator), torch.randn(2, 3, 4, 5, generator=generator)
+    members = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 1]], dtype=torch.bool).repeat(batch, 1, 1)
+    members[-1, 3, 0] = True
+    one = SelfMap(SITES[0], (1, 2, 2), query, key, TokenGroups.from_members(members), 0.5)
+    positions = torch.tensor([[1, 3], [0, 2]])
+    expected = torch.stack([one.dense()[b, positions[b]] for b in range(2)])
+    torch.testing.assert_close(one.rows(positions), expected)
+    assert one.rows(positions)[0, 0, 2] == 0
 
 
 def test_otsu_parts_two_heaps() -> None:

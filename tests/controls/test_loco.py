@@ -74,6 +74,13 @@ def test_start_outside_and_end_inside_is_the_foreground() -> None:
     assert padding_constraint(union, 1 - union, union, 0.8, squash=True) > floor + 0.1
 
 
+def test_without_a_start_token_the_end_alone_is_the_foreground() -> None:
+    union = LEFT[0]
+    alone = padding_constraint(None, 0.3 * union, union, 0.8, squash=False)
+    torch.testing.assert_close(alone, padding_constraint(torch.rand(1, 4), 0.3 * union, union, 0.0, squash=False))
+    assert alone.item() < 2e-4
+
+
 def test_beta_weighs_start_and_end() -> None:
     union, flat = LEFT[0], torch.full((1, 4), 0.4)
     assert padding_constraint(1 - union, flat, union, 1.0, squash=False) < 2e-4  # the start token alone

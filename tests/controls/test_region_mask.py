@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import attnctrl as ac
-from attnctrl.controls.layout.region_mask import region_bias
+from attnctrl.controls.layout.region_mask import joint_mask, region_bias, word_classes
+from attnctrl.kernels import LowRankBias, TokenGroups
+from attnctrl.sites import Call, Site, TokenLayout
 from tests import tiny
+from tests.methods import step
 from tests.probes import REGIONS, Probs
 
 # Two regions over three pixels: the first has pixels 0 and 1 and word 1, the second pixel 1 and words 1 and 2.
@@ -34,6 +37,38 @@ def test_full_weight_hides_and_no_weight_does_nothing() -> None:
     assert (bias == float("-inf")).nonzero().tolist() == [[0, 2], [2, 1], [2, 2]]
     assert (bias[torch.isfinite(bias)] == 0).all()
     assert (region_bias(TOKENS, MASKS, weight=0.0, boost=0.0) == 0).all()
+
+
+def test_words_of_the_same_regions_are_one_class() -> None:
+    """Word 1 is of both regions, word 2 of the second; each is inside where its regions are."""
+    words, inside = word_classes(TOKENS, MASKS)
+    found = {tuple(word.nonzero().flatten().tolist()): i for i, word in enumerate(words[0])}
+    assert found.keys() == {(1,), (2,)}
+    assert inside[0, found[1,]].tolist() == [True, True, False]
+    assert inside[0, found[2,]].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("weight", "boost"), [(1.0, 0.0), (1.0, 3.0), (0.75, 3.0), (0.75, 0.0), (0.0, 3.0)])
+def test_the_bias_of_one_sequence_is_that_of_text_keys_both_ways(weight: float, boost: float) -> None:
+    """Text [0, 4), one more text token behind the prompt, latents [5, 8), a reference token."""
+    layout, empty = TokenLayout(slice(5, 8), slice(0, 5), (1, 1, 3)), torch.empty(1, 1, 9, 1)
+    call = Call(Site("a", "joint", "", 0), step(0), "cond", empty, empty, empty, 1.0, layout, layout)
+    expected = torch.zeros(9, 9)
+    bias = region_bias(TOKENS, MASKS, weight, boost)[0]
+    expected[5:8, :4] = bias
+    expected[:4, 5:8] = bias.T.clamp(max=0)  # words get no boost
+    mask = joint_mask(*word_classes(TOKENS, MASKS), call, weight, boost)
+    found = torch.zeros(9, 9)
+    if isinstance(mask, LowRankBias):
+        found = mask.dense()[0, 0]
+        groups = mask.groups
+    else:
+        groups = mask
+    assert (groups is None) == (weight < 1)
+    assert isinstance(mask, TokenGroups) == (weight == 1 and boost == 0)
+    if groups is not None:
+        found = found.masked_fill(~groups.dense()[0, 0], float("-inf"))
+    torch.testing.assert_close(found, expected)
 
 
 def probabilities(*controls: ac.Control) -> list[torch.Tensor]:

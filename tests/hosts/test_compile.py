@@ -12,23 +12,31 @@ from diffusers import UNet2DConditionModel
 from torch._dynamo.utils import counters
 
 import attnctrl as ac
+from attnctrl.kernels import TokenGroups
+from attnctrl.sites import Call
 from tests import tiny
-from tests.probes import REGIONS, Guide, Mask, Nudge, Scores, Token, only_first_key
+from tests.probes import REGIONS, Guide, Mask, Nudge, Output, Scores, Token, only_first_key
 from tests.spies import assert_restored, snapshot
+from tests.transformers import FAMILIES, draw, flux
 
+JOINT = ac.Where(kinds=("joint",))
 ALWAYS = ac.Window(0.0, 1.0)
 
 
+def denoiser(pipe: Any) -> str:
+    return "unet" if hasattr(pipe, "unet") else "transformer"
+
+
 def compile_whole(pipe: Any) -> None:
-    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    setattr(pipe, denoiser(pipe), torch.compile(getattr(pipe, denoiser(pipe)), backend="eager", fullgraph=True))
 
 
 def compile_in_place(pipe: Any) -> None:
-    pipe.unet.compile(backend="eager", fullgraph=True)
+    getattr(pipe, denoiser(pipe)).compile(backend="eager", fullgraph=True)
 
 
 def compile_blocks(pipe: Any) -> None:
-    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    getattr(pipe, denoiser(pipe)).compile_repeated_blocks(backend="eager", fullgraph=True)
 
 
 WAYS = {"whole": compile_whole, "in place": compile_in_place, "repeated blocks": compile_blocks}
@@ -151,6 +159,74 @@ def test_controls_that_need_more_than_a_mask_are_refused(way: str) -> None:
         tiny.draw(pipe, steps=1)
     assert graphs() == 0
     assert_restored(before, pipe)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_token_groups_run_inside_the_graph_of_a_joint_model(way: str) -> None:
+    """Which mask it is does not concern the graph: entities are hidden from the second half of the run on."""
+    pipe, family = flux(), FAMILIES["flux"]
+    controls = ac.EliGen(REGIONS, entity_tokens=4, until=0.5), Mask(make=first_text_token_for_all, where=JOINT)
+    stock = draw(pipe, family, free=True)
+    with ac.control(pipe, *controls):
+        expected = draw(pipe, family, free=True)
+    WAYS[way](pipe)
+    before = snapshot(pipe)
+    with ac.control(pipe, *controls) as run:
+        drawn = draw(pipe, family, free=True)
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(drawn, stock, atol=1e-3)
+    assert {row.point for row in run.report.rows.values()} == {"context", "mask"}
+    compiled = graphs()
+    with ac.control(pipe, *controls):
+        assert torch.equal(draw(pipe, family, free=True), drawn)
+    assert graphs() == compiled > 0
+    assert sum(counters["graph_break"].values()) == 0
+    assert_restored(before, pipe)
+
+
+def first_text_token_for_all(call: Call) -> TokenGroups:
+    """Groups that hide the second text token."""
+    tokens = call.query.shape[2]
+    return TokenGroups.everything(tokens, tokens).hide_keys((torch.arange(tokens) == 1)[None])
+
+
+def test_both_branches_of_a_joint_model_are_masked_inside_the_graph() -> None:
+    """Each in its own call; a dense mask goes in as it is."""
+    pipe, family = flux(), FAMILIES["flux"]
+
+    def make(call: Call) -> torch.Tensor:
+        return first_text_token_for_all(call).dense()
+
+    for branches in (("cond", "uncond"), ("uncond",)):
+        control = Mask(make=make, where=JOINT, branches=branches)
+        with ac.control(pipe, control):
+            expected = draw(pipe, family, steps=2)
+        bare, pipe.transformer = pipe.transformer, torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+        with ac.control(pipe, control):
+            torch.testing.assert_close(draw(pipe, family, steps=2), expected, atol=1e-4, rtol=1e-4)
+        pipe.transformer = bare
+
+
+JOINT_REFUSED: dict[str, tuple[tuple[ac.Control, ...], str]] = {
+    "output": ((Output(where=JOINT),), r"Output acts on output, which a compiled model cannot do"),
+    "two kinds of masks": (
+        (
+            Mask(make=first_text_token_for_all, where=JOINT),
+            Mask(make=lambda call: first_text_token_for_all(call).dense(), where=JOINT),
+        ),
+        r"one control masks by token groups and another by a mask of shape \(1, 1, 36, 36\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINT_REFUSED)
+def test_what_a_compiled_joint_model_cannot_do_is_refused(name: str) -> None:
+    controls, sentence = JOINT_REFUSED[name]
+    pipe = flux()
+    compile_whole(pipe)
+    with pytest.raises(ac.ControlError, match=sentence), ac.control(pipe, *controls):
+        draw(pipe, FAMILIES["flux"], steps=1)
+    assert graphs() == 0
 
 
 def test_compiling_inside_a_block_is_refused() -> None:

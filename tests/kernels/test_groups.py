@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +35,51 @@ def test_padding_is_hidden_per_sample() -> None:
     groups = TokenGroups.everything(2, 3).hide_keys(torch.tensor([[False, False, True], [False, True, True]]))
     assert groups.batch == 2
     assert groups.dense()[:, 0, 0].int().tolist() == [[1, 1, 0], [1, 0, 0]]
+
+
+def test_padding_hides_its_keys_and_is_read_once() -> None:
+    groups, padding = (
+        TokenGroups.everything(2, 3),
+        torch.tensor([[True, True, False], [True, False, False]])[:, None, None],
+    )
+    found = groups.padded(padding)
+    assert found.dense()[:, 0, 0].int().tolist() == [[1, 1, 0], [1, 0, 0]]
+    # Layers are given views of one tensor.
+    assert groups.padded(padding[:2]) is found
+    assert groups.padded(padding[:1]) is not found
+    assert groups.padded(padding.clone()) is not found
+
+
+def test_padding_that_was_written_to_is_another() -> None:
+    groups, padding = TokenGroups.everything(1, 3), torch.tensor([[[[True, True, False]]]])
+    assert groups.padded(padding).dense()[0, 0, 0].tolist() == [True, True, False]
+    padding[..., 0] = False
+    assert groups.padded(padding).dense()[0, 0, 0].tolist() == [False, True, False]
+    with torch.inference_mode():  # where writing is not counted
+        padding = torch.tensor([[[[True, True, False]]]])
+        groups.padded(padding)
+        padding[..., 0] = False
+        assert groups.padded(padding).dense()[0, 0, 0].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("hiding", [float("-inf"), -10000.0, torch.finfo(torch.float16).min])
+def test_additive_padding_hides_or_is_refused(hiding: float) -> None:
+    groups = TokenGroups.everything(1, 3)
+    additive = torch.tensor([0.0, hiding, 0.0]).expand(1, 1, 1, 3)
+    assert groups.padded(additive).dense()[0, 0, 0].tolist() == [True, False, True]
+    with pytest.raises(ValueError, match=r"adds other numbers than 0 and -1000 or less"):
+        groups.padded(additive + torch.tensor([0.0, 0.0, 0.5]))
+
+
+def test_two_masks_are_combined_once_while_both_live() -> None:
+    one, other = random_groups(5, 6), random_groups(5, 6, seed=1)
+    both = one & other
+    assert one & other is both
+    assert one & random_groups(5, 6, seed=2) is not both
+    seen, kept = weakref.ref(other), one.memo["and"]
+    del other
+    assert seen() is None
+    assert len(kept) == 0
 
 
 def test_sixty_four_groups_fit() -> None:

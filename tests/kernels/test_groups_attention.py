@@ -147,7 +147,7 @@ def test_kinds_are_the_distinct_rows_of_the_mask() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"value": torch.zeros(1, 2, 7, 5)}, "of one shape"),
+        ({"value": torch.zeros(1, 2, 6, 4)}, "key and value alike but for head_dim"),
         ({"query": torch.zeros(1, 3, 5, 4)}, "differ in batch, heads or head_dim"),
         ({"query": torch.zeros(1, 2, 6, 4)}, "for 5 queries x 7 keys, the attention has 6 x 7"),
         ({"value": torch.zeros(1, 2, 7, 4, dtype=torch.float16)}, "one element type"),
@@ -201,7 +201,8 @@ DISJOINT_BUT_FOR_ONE_SAMPLE = TokenGroups(torch.tensor([[1, 2, 1, 0, 2], [3, 1, 
 def test_xformers_agrees_with_the_reference(groups: TokenGroups, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr("attnctrl.kernels.groups_xformers._xformers", lambda: xformers_stand_in(calls))
-    inputs = tensors(2, 3, 5, 7, 4)
+    query, key, value = tensors(2, 3, 5, 7, 4)
+    inputs = (query, key, value[..., :3])
     output = group_attention(*inputs, groups, SCALE, form="xformers")
     torch.testing.assert_close(output, group_attention(*inputs, groups, SCALE, form="reference"))
     if all(disjoint(found, 7) for found in kinds(groups)):

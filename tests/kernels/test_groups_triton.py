@@ -101,6 +101,13 @@ def test_the_output_keeps_the_layout_of_the_query() -> None:
     assert output.stride() == query.stride()
 
 
+@pytest.mark.parametrize("widths", [(19, 16), (16, 20)])
+def test_a_value_of_another_head_dim(widths: tuple[int, int]) -> None:
+    query, key, _ = tensors(1, 2, 37, 53, widths[0])
+    value = tensors(1, 2, 37, 53, widths[1])[2]
+    compare([query, key, value], random_groups(37, 53), SINGLE)
+
+
 def test_large_scores_do_not_overflow() -> None:
     query, key, value = tensors(1, 1, 20, 40, 16)
     groups = random_groups(20, 40)
@@ -159,7 +166,7 @@ def test_every_head_dim_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_the_unmasked_attention_on_the_gpu() -> None:
     inputs = tensors(1, 2, 300, 400, 64, torch.bfloat16, DEVICE)
-    assert dispatch.triton_runs(inputs[0])
+    assert dispatch.triton_runs(inputs[0], inputs[2])
     exact = reference.group_attention(*inputs, TokenGroups.everything(300, 400, DEVICE), SCALE)
     for mask in (None, torch.ones(1, 1, 1, 400, dtype=torch.bool, device=DEVICE)):
         torch.testing.assert_close(attention_with_lse(*inputs, mask, SCALE), exact, atol=BRAIN, rtol=BRAIN)

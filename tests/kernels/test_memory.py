@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from attnctrl.kernels import TokenGroups, attention_with_lse, column_probabilities, group_attention
+from attnctrl.kernels import TokenGroups, attention, attention_with_lse, column_probabilities, group_attention
+from tests.watch import Largest
 
 from .masks import tensors
 
@@ -19,20 +16,6 @@ CAP = 4 * TOKENS * (HEAD_DIM + COLUMNS)
 """Elements of one tensor, per head: O(tokens x (head_dim + columns)); the scores would be ten times as many."""
 
 INPUTS = (TOKENS, TOKENS - 100)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any operation's result had; views count as what they show."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
 
 
 def regions() -> TokenGroups:
@@ -79,6 +62,13 @@ def test_attention_with_its_sum_stays_below_the_cap(masked: bool) -> None:
     with Largest() as watched:
         output, lse = attention_with_lse(query, key, value, mask, SCALE)
         (output.sum() + lse.sum()).backward()
+    assert watched.elements <= CAP * HEADS
+
+
+def test_fused_attention_with_a_value_of_another_head_dim_stays_below_the_cap() -> None:
+    query, key, value = (t.requires_grad_() for t in tensors(1, HEADS, *INPUTS, HEAD_DIM))
+    with Largest() as watched:
+        attention(query, key, value[..., :5], None, SCALE).sum().backward()
     assert watched.elements <= CAP * HEADS
 
 

@@ -12,6 +12,7 @@ from attnctrl.pipelines import LayoutPipeline
 from tests import tiny
 from tests.probes import REGIONS
 from tests.spies import assert_restored, snapshot
+from tests.transformers import FLUX
 
 HALF = ac.Window(0, 0.5)
 
@@ -52,6 +53,34 @@ def test_methods_by_name_are_the_controls(method: Any, overrides: dict[str, Any]
     result = draw(layout, REGIONS, method, **overrides)
     assert torch.equal(result.images, by_hand(*controls))
     assert [type(c) for c in result.run.controls] == [type(c) for c in controls]
+
+
+def test_guidance_means_the_same_by_any_name() -> None:
+    layout = LayoutPipeline(tiny.sd())
+    expected = draw(layout, REGIONS, method="none", guidance_scale=2.0).images
+    given = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(7)
+    drawn = layout(tiny.PROMPT, REGIONS, "none", guidance=2.0, generator=generator, **given).images
+    assert torch.equal(drawn, expected)
+
+
+def test_a_flux_class_pipeline_is_called_as_it_wants() -> None:
+    pipe = FLUX.make()
+    layout = LayoutPipeline(pipe)
+    assert "eligen" in layout.methods
+    assert "loco" in layout.methods
+    size = {"height": FLUX.size[0], "width": FLUX.size[1], **FLUX.more}
+    shared = {"num_inference_steps": 2, "output_type": "latent", **size}
+    given = {"entity_tokens": 4, "guidance": 3.0, "generator": generators()}
+    result = layout([tiny.PROMPT] * 2, REGIONS, "eligen", **given, **shared)
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}
+    with ac.control(pipe, ac.EliGen(REGIONS, entity_tokens=4)):
+        expected = pipe([tiny.PROMPT] * 2, generator=generators(), **guided, **shared).images
+    assert torch.equal(result.images, expected)
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 
 
 def test_the_result_carries_maps_losses_and_report() -> None:

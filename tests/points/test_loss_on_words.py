@@ -138,8 +138,11 @@ def test_transformers_learn_words_too(name: str) -> None:
 
     @dataclass(frozen=True)
     class First(Token):
+        def begin(self, sampling: Any) -> torch.Tensor:
+            return torch.ones(1, sampling.text_tokens, dtype=torch.bool)
+
         def learned(self, state: Any) -> torch.Tensor:
-            return torch.ones(1, 1, dtype=torch.bool)
+            return state
 
     pipe = family.make()
     stock = draw_family(pipe, family, steps=2)

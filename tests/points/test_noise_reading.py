@@ -27,7 +27,7 @@ class Reads(ac.Control):
         for factor in (1.0, 2.0):
             leaf = (factor * noise).requires_grad_(True)
             with torch.enable_grad():
-                maps = sampling.read(leaf, self.reading)
+                maps = sampling.maps_of(leaf, self.reading)
                 (probs,) = (one.probs for one in maps.cross.values())
                 (gradient,) = torch.autograd.grad(probs[..., 2].sum(), leaf)
             self.got.append((probs.detach(), gradient, set(maps.self_)))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
+from attnctrl.errors import ControlError
 from attnctrl.processors.packing import blocks_of_pictures
-from attnctrl.shapes import models
+from attnctrl.shapes import models, pretrained
 from attnctrl.shapes.budget import Budget, Stage, learning_rate
 from attnctrl.shapes.crew import SOLO, Crew, run_crew
 from attnctrl.shapes.ema import Average
@@ -14,8 +15,11 @@ from attnctrl.shapes.pretrained import assemble
 from attnctrl.shapes.train import add_arguments, budgets, main, text_encoder
 from attnctrl.shapes.train_autoencoder import AutoencoderRecipe, refine_decoder, train_autoencoder
 from attnctrl.shapes.train_denoiser import DenoiserRecipe, encode_world, train_denoiser
+from attnctrl.shapes.train_entities import EntityRecipe, train_entities
+from attnctrl.shapes.train_flow import Velocity
 from attnctrl.shapes.train_text import TextRecipe, train_text_encoder
-from attnctrl.shapes.train_transformer import TransformerRecipe, Velocity, train_transformer
+from attnctrl.shapes.train_transformer import TransformerRecipe, train_transformer
+from tests import dit
 
 IMAGES = AutoencoderRecipe(images=1, full_from=0.5)
 LATENTS = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
@@ -47,7 +51,12 @@ def transformer(out, resume):
     return train_transformer(text_encoder(), LATENTS, out, Budget(steps=4), recipe, resume=resume)
 
 
-@pytest.mark.parametrize("stage", [autoencoder, decoder, text, denoiser, transformer])
+def entities(out, resume):
+    recipe = EntityRecipe(batch=2, warmup=1, rank=2)
+    return train_entities(dit.transformer(), text_encoder(), LATENTS, out, Budget(steps=4), recipe, resume=resume)
+
+
+@pytest.mark.parametrize("stage", [autoencoder, decoder, text, denoiser, transformer, entities])
 def test_resumed_equals_uninterrupted(stage, tmp_path, monkeypatch):
     whole = stage(tmp_path / "whole", False).state_dict()
     advance = Stage.advance
@@ -93,6 +102,31 @@ def test_the_whole_command_for_the_transformer(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(["a red circle"], num_inference_steps=2, max_sequence_length=32, output_type="np").images
     assert images.shape == (1, 128, 128, 3)
+
+
+def test_the_whole_command_for_the_entities(tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    weights = dit.write(tmp_path / "weights")
+    line = f"entities --out {tmp_path / 'out'} --steps 2 --scenes 4 --batch 2 --device cpu --processes 1 --base "
+    assert main(parser.parse_args([*line.split(), str(weights / "dit")])) == 0
+    lora = tmp_path / "out" / "lora" / pretrained.LORA
+    pipeline = assemble(dit.transformer(), models.flow_scheduler())
+    before = {name: p.clone() for name, p in pipeline.transformer.named_parameters()}
+    pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    assert pipeline.get_list_adapters() == {"transformer": ["default_0"]}
+    base = {n.replace(".base_layer", ""): p for n, p in pipeline.transformer.named_parameters() if "lora" not in n}
+    assert all(torch.equal(base[name], value) for name, value in before.items())
+    learned = [p for n, p in pipeline.transformer.named_parameters() if "lora_B" in n]
+    assert all(p.any() for p in learned)
+    with pytest.raises(ControlError, match="holds no transformer: give the folder of a dit pipeline"):
+        main(parser.parse_args([*line.split(), str(tmp_path)]))
+    monkeypatch.setattr(pretrained, "_WEIGHTS", tmp_path / "nothing")
+    with pytest.raises(ControlError, match="unknown shapes model 'dit'; known: none"):
+        main(parser.parse_args(line.split()[:-1]))
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(ControlError, match="train-shapes entities needs peft"):
+        main(parser.parse_args([*line.split(), str(weights / "dit")]))
 
 
 def test_an_untrained_transformer_is_the_identity_with_closed_gates():
@@ -180,9 +214,14 @@ def test_budgets():
     assert budgets("sd", [100.0], None)["denoiser"] == Budget(minutes=71.0)
     assert budgets("sd", [1.0, 2.0, 3.0, 4.0], None)["decoder"] == Budget(minutes=4.0)
     assert budgets("sd", [9.0], [1, 2, 3, 4])["text"] == Budget(steps=2)
+    assert budgets("entities", [9.0], [7]) == {"entities": Budget(steps=7)}
     assert budgets("dit", [9.0], None) == {"transformer": Budget(minutes=9.0)}
     with pytest.raises(ValueError, match=r"sd has 4 stages .* but 2 numbers"):
         budgets("sd", [1.0, 2.0], None)
+    with pytest.raises(ValueError, match="0 steps were given: give 1 or more"):
+        budgets("dit", [9.0], [0])
+    with pytest.raises(ValueError, match="-1 minutes were given"):
+        budgets("dit", [-1.0], None)
     with pytest.raises(ValueError, match="either steps or minutes"):
         Budget(steps=1, minutes=1.0)
 

@@ -13,7 +13,7 @@ from attnctrl.controls.fidelity.descents import Memory, step_size
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 from attnctrl.stepmaps import StepMaps
-from attnctrl.subjects import Phrases, flat, resolve_phrases
+from attnctrl.subjects import Phrases, Subjects, flat, resolve_phrases
 
 
 def segregation(maps: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,8 @@ class AStar(Control):
     concept is where its map in the previous step exceeded `threshold` of its maximum. In the first step L_ret is 0.
     scales "parity" takes the formulas literally, without the division and with a sum over pairs that grows with the
     square of the concepts; "mean" divides and averages over pairs.
-    Attributes are not treated: give nouns. Families: every one with text keys.
+    Attributes are not treated: give nouns. In joint attention the maps are shares of the attention to text.
+    Families: all.
     """
 
     paper: ClassVar[str] = "arXiv 2306.14544"
@@ -75,9 +76,9 @@ class AStar(Control):
         return Descent(step_size(self.scale, step), self.iterations)
 
     def loss(self, maps: StepMaps, step: Step, state: Memory) -> Loss:
-        tokens: torch.Tensor = state.about
-        valid = tokens.any(dim=-1)
-        concepts = excited_maps(maps, tokens)
+        subjects: Subjects = state.about
+        valid = subjects.valid
+        concepts = excited_maps(maps, subjects)
         top = concepts.amax(dim=-1, keepdim=True).clamp(min=1e-8)
         kept = state.exchange(step, (concepts > self.threshold * top).float())
         concepts = concepts if self.scales == "parity" else concepts / top

@@ -12,7 +12,7 @@ from attnctrl.controls.fidelity.descents import refined, step_size
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 from attnctrl.stepmaps import StepMaps, blur, phrase_maps, token_shares
-from attnctrl.subjects import Phrases, flat, resolve_phrases
+from attnctrl.subjects import Phrases, Subjects, flat, resolve_phrases
 
 ENOUGH = (0.05, 0.5, 0.8)
 """Highest attention of the worst subject that ends each refinement."""
@@ -27,10 +27,10 @@ def neglect(maps: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return missing.masked_fill(~valid, 0.0).amax(dim=-1)
 
 
-def excited_maps(maps: StepMaps, tokens: torch.Tensor) -> torch.Tensor:
+def excited_maps(maps: StepMaps, subjects: Subjects) -> torch.Tensor:
     """The maps that Attend-and-Excite and its descendants read: word shares, blurred, mean over a phrase's tokens."""
     probs, grid = maps.mean_cross()
-    return blur(phrase_maps(token_shares(probs), tokens), grid)
+    return blur(phrase_maps(token_shares(probs, subjects.contenders), subjects.tokens), grid)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class AttendExcite(Control):
     `refinements`, further descents at 0, 20 and 40 percent of the run until the worst subject has a pixel of 0.05, 0.5
     and 0.8 (20 at most in the official code); they triple the cost, and the default does without.
     phrases are the subjects, best their nouns; a phrase of several tokens counts by their mean map.
-    Families: every one with text keys.
+    Tokens that open the text (CLIP's start token, a chat) take no share, nor does padding behind other encoders. In
+    joint attention the maps are shares of the attention to text.
+    Families: all.
     """
 
     paper: ClassVar[str] = "arXiv 2301.13826"
@@ -58,7 +60,7 @@ class AttendExcite(Control):
     def idle(self) -> bool:
         return self.window.empty or self.scale == 0 or self.iterations + self.refinements == 0 or not flat(self.phrases)
 
-    def begin(self, sampling: Sampling) -> torch.Tensor:
+    def begin(self, sampling: Sampling) -> Subjects:
         return resolve_phrases(sampling, self.phrases)
 
     def descent(self, step: Step) -> Descent:
@@ -66,6 +68,6 @@ class AttendExcite(Control):
         return Descent(step_size(self.scale, step), self.iterations + more)
 
     def loss(self, maps: StepMaps, step: Step, state: Any) -> Loss:
-        value, moment = neglect(excited_maps(maps, state), state.any(dim=-1)), refined(step)
+        value, moment = neglect(excited_maps(maps, state), state.valid), refined(step)
         last = value <= 1 - ENOUGH[moment] if self.refinements and moment is not None else None
         return Loss(value, last=last)

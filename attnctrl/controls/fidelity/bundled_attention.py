@@ -12,7 +12,7 @@ from attnctrl.control import Control, Descent, Loss, Where, Window, param
 from attnctrl.controls.fidelity.attend_excite import excited_maps
 from attnctrl.controls.fidelity.descents import step_size
 from attnctrl.errors import ControlError
-from attnctrl.pairs import Pairs, named, resolve_pairs
+from attnctrl.pairs import Pairs, Words, named, resolve_pairs
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 from attnctrl.stepmaps import StepMaps
@@ -38,7 +38,7 @@ class BundledAttention(Control):
     public. Open points settled here: the distance is 1 - cosine, maps and step sizes are Attend-and-Excite's, in the
     first half of the run. It moves neither subject apart from the other: `Conform` does both.
     phrases, pairs: see `resolve_pairs`; by default every pair of the prompt. Raises ControlError when no prompt gives
-    a noun an attribute. Families: every one with text keys.
+    a noun an attribute. Families: all.
     """
 
     paper: ClassVar[str] = "arXiv 2308.11206"
@@ -56,19 +56,17 @@ class BundledAttention(Control):
         none = self.scale == 0 or self.iterations == 0
         return self.window.empty or none or not named(self.phrases, self.pairs)
 
-    def begin(self, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    def begin(self, sampling: Sampling) -> Words:
         words = resolve_pairs(sampling, self.phrases, self.pairs)
-        pairs = words.bound
-        if not pairs.any():
+        if not words.bound.any():
             raise ControlError(
                 "BundledAttention found no attribute of any noun in the prompt: name them with "
                 'pairs=[("red", "circle"), ...].'
             )
-        return words.tokens, pairs
+        return words
 
     def descent(self, step: Step) -> Descent:
         return Descent(step_size(self.scale, step), self.iterations)
 
-    def loss(self, maps: StepMaps, step: Step, state: tuple[torch.Tensor, torch.Tensor]) -> Loss:
-        tokens, pairs = state
-        return Loss(bundling(excited_maps(maps, tokens), pairs))
+    def loss(self, maps: StepMaps, step: Step, state: Words) -> Loss:
+        return Loss(bundling(excited_maps(maps, state), state.bound))

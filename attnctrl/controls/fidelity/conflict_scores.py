@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from attnctrl.errors import ControlError
 from attnctrl.sites import Grid
 from attnctrl.stepmaps import StepMaps, blur
 
@@ -18,13 +17,8 @@ def subject_rows(maps: StepMaps, found: torch.Tensor, grid: Grid) -> torch.Tenso
     found: (batch, subjects, latent tokens) cross-attention -> the same shape. Gradients go through the attention of
     the pixel, not through its choice. Raises ControlError without self-attention on this grid.
     """
-    layers = [layer for layer in maps.self_.values() if layer.grid == grid]
-    if not layers:
-        raise ControlError(
-            "the score reads self-attention, which this model has not apart from the text's: set self_weight=0."
-        )
     peaks = found.detach().argmax(dim=-1)
-    return blur(torch.stack([layer.rows(peaks) for layer in layers]).mean(dim=0), grid)
+    return blur(torch.stack([layer.rows(peaks) for layer in maps.self_layers(grid)]).mean(dim=0), grid)
 
 
 def overlap(rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class Conform(Control):
     map, the mean over its tokens; the memory holds no graph, is kept per picture and never written to; steps without
     two maps to pull together (bare nouns in the first step) are skipped. The recipe of the authors' notebook takes
     maps as they are; `shares` makes them shares of the words, as their pipeline does by default.
-    phrases, pairs: see `resolve_pairs`; by default every pair of the prompt. Families: every one with text keys.
+    phrases, pairs: see `resolve_pairs`; by default every pair of the prompt. Families: all.
     """
 
     paper: ClassVar[str] = "arXiv 2312.06059"
@@ -80,7 +80,7 @@ class Conform(Control):
     def loss(self, maps: StepMaps, step: Step, state: Memory) -> Loss:
         words: Words = state.about
         if self.shares:
-            found = excited_maps(maps, words.tokens)
+            found = excited_maps(maps, words)
         else:
             probs, grid = maps.mean_cross()
             found = blur(phrase_maps(probs, words.tokens), grid)

@@ -77,7 +77,7 @@ class DivideBind(Control):
     first refinement may take two and a half times as many descents. variant "code" reproduces two slips of the
     official code: rows are compared with the last row, and the divergence is of maps that do not sum to 1. Departure
     from both: attributes are read at the nouns' own sites, not at finer ones.
-    phrases, pairs: see `resolve_pairs`; by default every pair of the prompt. Families: every one with text keys.
+    phrases, pairs: see `resolve_pairs`; by default every pair of the prompt. Families: all.
     """
 
     paper: ClassVar[str] = "arXiv 2307.10864"
@@ -108,7 +108,7 @@ class DivideBind(Control):
 
     def loss(self, maps: StepMaps, step: Step, state: Words) -> Loss:
         _, grid = maps.mean_cross()
-        found = excited_maps(maps, state.tokens)
+        found = excited_maps(maps, state)
         varies = total_variation(found, grid, last_row=self.variant == "code")
         value = -varies
         if self.bind_weight:
@@ -117,7 +117,7 @@ class DivideBind(Control):
         some = state.noun.any(dim=-1)
         worst = torch.where(some, value.masked_fill(~state.noun, float("-inf")).amax(dim=-1), 0.0)
         moment = refined(step)
-        if moment is None:
+        if moment is None or not self.refinements:
             return Loss(worst)
         least = varies.masked_fill(~state.noun, float("inf")).amin(dim=-1)
         return Loss(worst, last=least >= ENOUGH[moment])

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 
 from attnctrl.control import Control, Descent, Loss, Where, Window, param
 from attnctrl.controls.fidelity.attend_excite import excited_maps, neglect
-from attnctrl.errors import ControlError
-from attnctrl.pairs import named, subject_tokens
+from attnctrl.pairs import named, resolve_subjects
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Grid, Step
 from attnctrl.stepmaps import StepMaps, phrase_maps
-from attnctrl.subjects import Phrases
+from attnctrl.subjects import Phrases, Subjects
 
 CLUSTERS, BACKGROUND = 5, 0.2
 """Segments of the picture, and the mean share of every noun's map under which a segment is background."""
@@ -80,9 +79,9 @@ def background_of(own: torch.Tensor, maps: torch.Tensor, valid: torch.Tensor) ->
 
 @dataclass
 class Seen:
-    """tokens: (batch, nouns, text tokens) bool. own, maps: means over the steps so far. background: of this step."""
+    """own, maps: means over the steps so far. background: of this step."""
 
-    tokens: torch.Tensor
+    nouns: Subjects
     own: torch.Tensor | None = None
     maps: torch.Tensor | None = None
     steps: int = 0
@@ -101,8 +100,9 @@ class DynamicPrompt(Control):
     over the steps so far. Departures: the paper edits real pictures after an inversion, with a null-text optimisation
     that is not part of this; and it learns rows of the encoder's input table with AdamW, where this moves the encoder's
     output at the nouns' positions down the plain gradient.
-    phrases are the nouns; by default every noun of the prompt. With a joint attention layer set background_weight=0:
-    its image tokens see text as well. Families: every one with text keys whose text is one tensor.
+    phrases are the nouns; by default every noun of the prompt. In joint attention the background is found by the
+    attention of the latents among themselves. Families: all whose text is one tensor, so not Z-Image (SANA:
+    background_weight=0).
     """
 
     paper: ClassVar[str] = "arXiv 2309.15664"
@@ -124,20 +124,20 @@ class DynamicPrompt(Control):
         return self.window.empty or nothing or not named(self.phrases, None)
 
     def begin(self, sampling: Sampling) -> Seen:
-        return Seen(subject_tokens(sampling, self.phrases))
+        return Seen(resolve_subjects(sampling, self.phrases))
 
     def learned(self, state: Seen) -> torch.Tensor:
-        return state.tokens.any(dim=1)
+        return state.nouns.tokens.any(dim=1)
 
     def descent(self, step: Step) -> Descent:
         return Descent(self.scale, self.iterations)
 
     def loss(self, maps: StepMaps, step: Step, state: Seen) -> Loss:
-        valid = state.tokens.any(dim=-1)
+        valid = state.nouns.valid
         probs, grid = maps.mean_cross()
-        raw = phrase_maps(probs, state.tokens)
+        raw = phrase_maps(probs, state.nouns.tokens)
         losses = [
-            neglect(excited_maps(maps, state.tokens), valid),
+            neglect(excited_maps(maps, state.nouns), valid),
             torch.zeros_like(raw[:, 0, 0]),
             disjoint(raw, valid),
         ]
@@ -154,12 +154,7 @@ class DynamicPrompt(Control):
     ) -> torch.Tensor:
         """The background of this step, found once in it."""
         if state.background is None or state.step != step.index:
-            layers = [layer.detached().dense() for layer in maps.self_.values() if layer.grid == grid]
-            if not layers:
-                raise ControlError(
-                    "DynamicPrompt finds the background by self-attention, which this model has not apart from the "
-                    "text's: set background_weight=0."
-                )
+            layers = [layer.detached().dense() for layer in maps.self_layers(grid)]
             own, seen = torch.stack(layers).mean(dim=0), raw.detach()
             if state.own is not None and state.maps is not None:
                 own = state.own + (own - state.own) / (state.steps + 1)

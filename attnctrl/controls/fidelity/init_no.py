@@ -13,11 +13,11 @@ from attnctrl.controls.fidelity.conflict_scores import overlap, scatter, subject
 from attnctrl.controls.fidelity.descents import refined, step_size
 from attnctrl.controls.fidelity.noise_search import search
 from attnctrl.errors import ControlError
-from attnctrl.pairs import named, subject_tokens
+from attnctrl.pairs import named, resolve_subjects
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 from attnctrl.stepmaps import StepMaps
-from attnctrl.subjects import Phrases
+from attnctrl.subjects import Phrases, Subjects
 
 ENOUGH_CROSS, ENOUGH_SELF = 0.2, 0.3
 """Scores at which a noise, or a refinement, is good enough."""
@@ -29,9 +29,9 @@ REFINED = (0.2, 0.4)
 
 @dataclass
 class Tracks:
-    """tokens: (batch, subjects, text tokens) bool. average: the subjects' maps over the steps done, decaying by 0.9."""
+    """average: the subjects' maps over the steps done, decaying by 0.9."""
 
-    tokens: torch.Tensor
+    subjects: Subjects
     average: torch.Tensor | None = None
     latest: torch.Tensor | None = None
     step: int = -1
@@ -64,8 +64,8 @@ class InitNO(Control):
     descents at 20 and 40 percent of S_cross + 0.1 clean + 0.1 align + S_self, align being the distance to the decaying
     average of the maps of earlier steps. Departures from the official code: fresh noise follows from the picture's own
     seed; the noise with the lowest loss is taken, not the last one; where a refinement runs out of descents its last
-    one is of the joint loss. With a joint attention layer set self_weight=0: its image tokens see text as well.
-    phrases are the subjects; by default every noun of the prompt. Families: every one with text keys.
+    one is of the joint loss. In joint attention S_self is of the latents among themselves.
+    phrases are the subjects; by default every noun of the prompt. Families: all (SANA: self_weight=0).
     """
 
     paper: ClassVar[str] = "arXiv 2404.04650"
@@ -93,16 +93,16 @@ class InitNO(Control):
     def begin(self, sampling: Sampling) -> Tracks:
         if self.searches:
             check_start(self, sampling)
-        return Tracks(subject_tokens(sampling, self.phrases))
+        return Tracks(resolve_subjects(sampling, self.phrases))
 
     def noise(self, noise: torch.Tensor, sampling: Sampling, state: Tracks) -> torch.Tensor:
         if not self.searches:
             return noise
-        read = sampling.read
+        read = sampling.maps_of
         assert read is not None
 
         def score(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            cross, own, clean, _ = self._scores(read(drawn, self.where), state.tokens)
+            cross, own, clean, _ = self._scores(read(drawn, self.where), state.subjects)
             value = cross + self.self_weight * own * (cross.detach() <= 0.5) + self.clean_weight * clean
             return value, (cross.detach() < ENOUGH_CROSS) & (own.detach() < ENOUGH_SELF)
 
@@ -113,7 +113,7 @@ class InitNO(Control):
         return Descent(step_size(self.scale, step), 1 + more)
 
     def loss(self, maps: StepMaps, step: Step, state: Tracks) -> Loss:
-        cross, own, clean, found = self._scores(maps, state.tokens)
+        cross, own, clean, found = self._scores(maps, state.subjects)
         align = (found - state.exchange(step, found)).abs().mean(dim=-1).sum(dim=-1)
         if not self.refinements or refined(step, REFINED) is None:
             return Loss(cross)
@@ -122,10 +122,10 @@ class InitNO(Control):
         return Loss(torch.where(enough, cross, joint), last=enough)
 
     def _scores(
-        self, maps: StepMaps, tokens: torch.Tensor
+        self, maps: StepMaps, subjects: Subjects
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """S_cross, S_self and the clean loss, (batch,) each, and the maps (batch, subjects, latent tokens)."""
-        found, valid = excited_maps(maps, tokens), tokens.any(dim=-1)
+        found, valid = excited_maps(maps, subjects), subjects.valid
         _, grid = maps.mean_cross()
         own = torch.zeros_like(found[:, 0, 0])
         if self.self_weight:

@@ -12,10 +12,11 @@ from attnctrl.controls.fidelity.attend_excite import excited_maps, neglect
 from attnctrl.controls.fidelity.conflict_scores import overlap, subject_rows
 from attnctrl.controls.fidelity.init_no import ENOUGH_CROSS, ENOUGH_SELF, LIMIT, check_start
 from attnctrl.controls.fidelity.noise_search import search
-from attnctrl.pairs import named, subject_tokens
+from attnctrl.errors import ControlError
+from attnctrl.pairs import named, resolve_subjects
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid, TokenLayout
-from attnctrl.subjects import Phrases
+from attnctrl.subjects import Phrases, Subjects
 
 READ = Where(kinds=("cross", "joint", "self"), near=1 / 16)
 """The maps that score a noise."""
@@ -69,9 +70,9 @@ def pruned(features: torch.Tensor, cells: torch.Tensor, count: int, jitter: torc
 
 @dataclass
 class _Pruning:
-    """tokens: the subjects'. maps: by site, the step and what `pruned` gave for it, shared by the guidance branches."""
+    """maps: by site, the step and what `pruned` gave for it, shared by the guidance branches."""
 
-    tokens: torch.Tensor
+    subjects: Subjects
     searching: bool = False
     maps: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -87,7 +88,7 @@ class OptiPrune(Control):
     weights, thresholds and ratio open: those of the search are InitNO's. Tokens are compared by their keys and with
     their own patch's base only, so that no array is tokens x tokens. While the search reads attention, no token is left
     out. Without phrases it does nothing. phrases are the subjects; by default every noun of the prompt.
-    Families: the search, every one with text keys; token pruning, those with self-attention layers.
+    Families: the search, all; token pruning, those with layers of self-attention alone (else set ratio=0).
     """
 
     paper: ClassVar[str] = "OptiPrune, 2025"
@@ -129,17 +130,22 @@ class OptiPrune(Control):
     def begin(self, sampling: Sampling) -> _Pruning:
         if self.searches:
             check_start(self, sampling)
-        return _Pruning(subject_tokens(sampling, self.phrases))
+        if self.prunes and not self.where.select(sampling.sites, sampling.latent_grid):
+            raise ControlError(
+                "OptiPrune leaves tokens out of self-attention, which this model has not apart from the text's: set "
+                "ratio=0 for its search of a start noise alone."
+            )
+        return _Pruning(resolve_subjects(sampling, self.phrases))
 
     def noise(self, noise: torch.Tensor, sampling: Sampling, state: _Pruning) -> torch.Tensor:
         if not self.searches:
             return noise
-        read, valid = sampling.read, state.tokens.any(dim=-1)
+        read, valid = sampling.maps_of, state.subjects.valid
         assert read is not None
 
         def score(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             maps = read(drawn, READ)
-            found, (_, grid) = excited_maps(maps, state.tokens), maps.mean_cross()
+            found, (_, grid) = excited_maps(maps, state.subjects), maps.mean_cross()
             cross = neglect(found, valid)
             own = overlap(subject_rows(maps, found, grid), valid) if self.self_weight else torch.zeros_like(cross)
             enough = (cross.detach() < ENOUGH_CROSS) & (own.detach() < ENOUGH_SELF)

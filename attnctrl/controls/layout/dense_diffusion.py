@@ -35,6 +35,11 @@ def decay(noise: float, power: float) -> float:
     return float(noise) ** power
 
 
+def alike(tokens: tuple[int, ...], count: int) -> list[int]:
+    """`count` of the tokens in order: all, unless a tokenizer splits a phrase otherwise where it stands alone."""
+    return [tokens[i * len(tokens) // count] for i in range(count)]
+
+
 @dataclass(frozen=True)
 class DenseDiffusion(Control):
     """Dense Text-to-Image Generation with Attention Modulation (Kim et al., ICCV 2023, arXiv 2308.12964).
@@ -46,7 +51,10 @@ class DenseDiffusion(Control):
     text encoder. `free_tokens`: the code also pushes down words of no region and special tokens ("push"); it expects
     a background region that covers the rest. "keep" leaves them alone, which pictures with uncovered pixels need.
     The paper's power 5 is over after the first steps and hardly moves an object of the shapes world: the default is 1.
-    Families: UNets (SDXL: weak, its pooled text bypasses cross-attention).
+    In joint attention, which the paper does not treat, the logits of latents for the prompt and those of latents among
+    themselves are moved apart, each with its own maximum and minimum; the rows of text stay as they are. That
+    materialises all scores: (batch, heads, tokens, tokens) in float32.
+    Families: all (SDXL: weak, its pooled text bypasses cross-attention).
     """
 
     paper: ClassVar[str] = "arXiv 2308.12964"
@@ -60,7 +68,7 @@ class DenseDiffusion(Control):
     free_tokens: str = param("keep", "words of no region and special tokens", choices=("keep", "push"))
     swap_phrases: bool = param(True, "encode each phrase alone")
     window: Window = field(default=Window(0.0, 0.3), kw_only=True)
-    where: Where = field(default=Where(kinds=("cross", "self")), kw_only=True)
+    where: Where = field(default=Where(kinds=("cross", "self", "joint")), kw_only=True)
 
     @property
     def idle(self) -> bool:
@@ -72,13 +80,16 @@ class DenseDiffusion(Control):
         positive = text.positive.clone()
         for p, regions in enumerate(per_prompt(self.regions, sampling.prompt_count)):
             rows = slice(p * sampling.images_per_prompt, (p + 1) * sampling.images_per_prompt)
-            encoded = sampling.encode([r.phrase for r in regions]).positive if regions else ()
-            for region, alone in zip(regions, encoded, strict=True):
-                positions = list(sampling.find(region.phrase, p, region.occurrence))
-                # Alone, the phrase stands right behind the start token; several places share one encoding.
-                length = len(sampling.tokens[p][0].occurrences(region.phrase)[0])
-                source = [1 + i % length for i in range(len(positions))]
-                positive[rows, positions] = alone[source].to(positive)
+            phrases = [r.phrase for r in regions]
+            encoded = sampling.encode(phrases).positive if regions else ()
+            for region, alone, tokens in zip(regions, encoded, sampling.read(phrases), strict=True):
+                found = sampling.find(region.phrase, p, region.occurrence)
+                for encoder, single in zip(sampling.tokens[p], tokens, strict=True):
+                    source, *_ = single.occurrences(region.phrase)
+                    # Several places share one encoding.
+                    for place in encoder.occurrences(region.phrase):
+                        if set(place) <= set(found):
+                            positive[rows, list(place)] = alone[alike(source, len(place))].to(positive)
         return text.change(positive=positive)
 
     def begin(self, sampling: Sampling) -> Any:
@@ -99,8 +110,12 @@ class DenseDiffusion(Control):
     def scores(self, scores: torch.Tensor, call: Call, state: Any) -> torch.Tensor:
         words, same, push, covered, bound = state[call.queries.grid]
         tau = decay(call.step.noise, self.power)
-        if call.site.kind == "self":
-            keep = covered if self.free_tokens == "keep" else None
-            return modulated(scores, same, push * (self.self_weight * tau), keep)
-        touched = bound if self.free_tokens == "keep" else None
-        return modulated(scores, words, push * (self.cross_weight * tau), touched)
+        among = (same, push * (self.self_weight * tau), covered if self.free_tokens == "keep" else None)
+        of_text = (words, push * (self.cross_weight * tau), bound if self.free_tokens == "keep" else None)
+        rows, first = call.queries.latent, call.keys.text.start
+        text = slice(first, first + words.shape[-1])
+        blocks = {"self": [(rows, among)], "cross": [(text, of_text)], "joint": [(rows, among), (text, of_text)]}
+        moved = scores.clone()
+        for columns, how in blocks[call.site.kind]:
+            moved[:, :, rows, columns] = modulated(scores[:, :, rows, columns], *how)
+        return moved

@@ -36,7 +36,8 @@ class LayoutGuidance(Control):
     of noise in it, near 1 in the window; here heads are averaged first and the factor is left out. It reads the middle
     block and the first of the up path; here every layer near 1/16 of the latents' tokens, and masks count the cells
     that a region covers in part. The defaults are what measures best on the shapes world.
-    Families: every one with text keys.
+    In joint attention A is the share of the attention to text.
+    Families: all.
     """
 
     paper: ClassVar[str] = "arXiv 2304.03373"

@@ -33,14 +33,15 @@ def local_constraint(maps: torch.Tensor, masks: torch.Tensor, valid: torch.Tenso
 
 
 def padding_constraint(
-    start: torch.Tensor, end: torch.Tensor, union: torch.Tensor, beta: float, squash: bool
+    start: torch.Tensor | None, end: torch.Tensor, union: torch.Tensor, beta: float, squash: bool
 ) -> torch.Tensor:
     """L_PTC: binary cross-entropy of beta (1 - A_start) + (1 - beta) A_end, min-max normalised, with the foreground.
 
-    start, end: (batch, latent tokens), the start and end tokens' maps; union: (batch, latent tokens) in {0, 1}.
+    start, end: (batch, latent tokens), the start and end tokens' maps, the end's alone counting where there is no start
+    token (T5, and the tokens that Qwen keeps); union: (batch, latent tokens) in {0, 1}.
     squash: through a sigmoid as in the paper, whose range 0.5 to 0.73 leaves a floor; else clipped. -> (batch,).
     """
-    foreground = unit_range(beta * (1 - start) + (1 - beta) * end)
+    foreground = unit_range(end if start is None else beta * (1 - start) + (1 - beta) * end)
     foreground = foreground.sigmoid() if squash else foreground.clamp(1e-4, 1 - 1e-4)
     return F.binary_cross_entropy(foreground, union, reduction="none").mean(dim=-1)
 
@@ -55,7 +56,9 @@ class LoCo(Control):
     gradient through the self-attention; the paper leaves it open. `sharpen=False` reads the cross maps alone, which
     is the loss of layout-guidance (arXiv 2304.03373). Described elsewhere with 5 iterations; gamma 60 breaks
     pictures of the shapes world.
-    Families: every one with text keys and separate self-attention.
+    In joint attention the maps are shares of the attention to text, and the self-attention is that of the latents
+    among themselves.
+    Families: all but SANA, whose self-attention has no maps: there sharpen must be False.
     """
 
     paper: ClassVar[str] = "arXiv 2311.12342"
@@ -71,7 +74,7 @@ class LoCo(Control):
     detach_self_attn: bool = param(False, "no gradient through the self-attention")
     squash: bool = param(True, "sigmoid before the cross-entropy, as in the paper")
     window: Window = field(default=Window(0.0, 0.4), kw_only=True)
-    where: Where = field(default=Where(kinds=("cross", "self"), near=1 / 16), kw_only=True)
+    where: Where = field(default=Where(kinds=("cross", "self", "joint"), near=1 / 16), kw_only=True)
 
     @property
     def idle(self) -> bool:
@@ -79,20 +82,24 @@ class LoCo(Control):
 
     def begin(self, sampling: Sampling) -> Any:
         layout = resolve(sampling, self.regions, self.where)
-        ends = torch.tensor([prompt[0].end for prompt in sampling.tokens], device=sampling.device)
-        return layout, ends.repeat_interleave(sampling.images_per_prompt)
+        first = [encoders[0] for encoders in sampling.tokens]
+        ends = torch.tensor([one.end + one.offset for one in first], device=sampling.device)
+        starts = [one.start for one in first if one.start is not None]
+        start = torch.tensor(starts, device=sampling.device) if len(starts) == len(first) else None
+        images = sampling.images_per_prompt
+        return layout, None if start is None else start.repeat_interleave(images), ends.repeat_interleave(images)
 
     def descent(self, step: Step) -> Descent:
         return Descent(self.scale, self.iterations)
 
     def loss(self, maps: StepMaps, step: Step, state: Any) -> Loss:
-        layout, ends = state
+        layout, starts, ends = state
         probs, grid = maps.mean_cross()
         masks = layout.mask(grid)
         phrases = phrase_maps(probs, layout.tokens)
         if self.sharpen:
             spread = phrases.transpose(1, 2)
-            layers = [layer for layer in maps.self_.values() if layer.grid == grid]
+            layers = maps.self_layers(grid)
             phrases = torch.stack([(m.detached() if self.detach_self_attn else m).apply(spread) for m in layers])
             phrases = phrases.mean(dim=0).transpose(1, 2)
         local = local_constraint(unit_range(phrases), masks, layout.valid)
@@ -100,7 +107,6 @@ class LoCo(Control):
         if self.alpha:
             rows = torch.arange(len(ends), device=ends.device)
             union = (masks.amax(dim=1) > 0).float()
-            value = value + self.alpha * padding_constraint(
-                probs[..., 0], probs[rows, :, ends], union, self.beta, self.squash
-            )
+            start = None if starts is None else probs[rows, :, starts]
+            value = value + self.alpha * padding_constraint(start, probs[rows, :, ends], union, self.beta, self.squash)
         return Loss(value, local / layout.valid.sum(dim=1).clamp(min=1) < self.enough)

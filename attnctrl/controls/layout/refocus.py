@@ -13,6 +13,7 @@ from attnctrl.layout import Layout, Regions, resolve
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 from attnctrl.stepmaps import StepMaps, blur, token_shares
+from attnctrl.subjects import contenders
 
 EARLY = 0.3  # step 15 of 50: until then the terms below the thresholds count too
 
@@ -84,7 +85,9 @@ class Refocus(Control):
     each picture of a batch stops on its own. The code's scale 1 is tuned to GLIGEN; its authors advise ten times as
     much for plain models; on the shapes world 1 loses objects, and the default loses none. The descent ends when every
     word has 0.2 of some pixel in its box.
-    Families: every one with text keys.
+    In joint attention CAR reads shares of the attention to text, and SAR that of the latents among themselves.
+    Few tokens compete for shares where the text has no start token, and `enough` is sooner reached.
+    Families: all but SANA, whose self-attention has no maps: there self_weight must be 0.
     """
 
     paper: ClassVar[str] = "arXiv 2306.05427"
@@ -96,7 +99,7 @@ class Refocus(Control):
     self_weight: float = param(1.0, "weight of the self-attention loss", 0, 10)
     enough: float = param(0.2, "a word needs no more once it has this share of a pixel in its box", 0, 1)
     window: Window = field(default=Window(0.0, 0.72), kw_only=True)
-    where: Where = field(default=Where(kinds=("cross", "self"), near=1 / 16), kw_only=True)
+    where: Where = field(default=Where(kinds=("cross", "self", "joint"), near=1 / 16), kw_only=True)
 
     @property
     def idle(self) -> bool:
@@ -107,22 +110,22 @@ class Refocus(Control):
             or (self.cross_weight == 0 and self.self_weight == 0)
         )
 
-    def begin(self, sampling: Sampling) -> Layout:
-        return resolve(sampling, self.regions, self.where, how="any")
+    def begin(self, sampling: Sampling) -> tuple[Layout, torch.Tensor]:
+        return resolve(sampling, self.regions, self.where, how="any"), contenders(sampling)
 
     def descent(self, step: Step) -> Descent | None:
         scale, iterations = schedule(step)
         return Descent(self.scale * scale, iterations)
 
     def loss(self, maps: StepMaps, step: Step, state: Any) -> Loss:
-        layout: Layout = state
+        layout, competing = state
         probs, grid = maps.mean_cross()
         masks = layout.mask(grid, "any")
-        shares = blur(token_shares(probs).transpose(1, 2), grid)
+        shares = blur(token_shares(probs, competing).transpose(1, 2), grid)
         value, least = cross_refocus(shares, layout.tokens, masks, step.progress < EARLY)
         value = self.cross_weight * value
         if self.self_weight:
             outside = (masks == 0).float().transpose(1, 2)
-            layers = [self_refocus(layer.apply(outside), masks) for layer in maps.self_.values() if layer.grid == grid]
+            layers = [self_refocus(layer.apply(outside), masks) for layer in maps.self_layers(grid)]
             value = value + self.self_weight * torch.stack(layers).mean(dim=0)
         return Loss(value, least >= self.enough)

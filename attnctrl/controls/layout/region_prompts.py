@@ -8,10 +8,14 @@ from typing import Any, ClassVar
 import torch
 
 from attnctrl.control import Control, Where, Window, param
+from attnctrl.controls.layout.couple import JointCouple, longest, written
+from attnctrl.controls.layout.entities import Entities, with_entities
 from attnctrl.errors import ControlError
+from attnctrl.kernels import TokenGroups
 from attnctrl.layout import Layout, Regions, resolve
 from attnctrl.sampling import Sampling
-from attnctrl.sites import Call, Grid, Stream
+from attnctrl.sites import Call, Grid, Step, Stream
+from attnctrl.text import Text
 
 
 def couple_weights(masks: torch.Tensor, weights: torch.Tensor, base_ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +81,12 @@ class RegionPrompts(Control):
     `confine`, which those tools lack because their regions tile the picture: where phrases of the regions also stand
     in the main prompt, pixels outside every region do not see them there; else they draw a second copy.
     Those tools act in every step; on the shapes world that costs objects, hence the default window.
-    Families: every one with separate text keys.
+    In joint attention the texts of the regions stand beside the prompt in the sequence, each as long as its encoder
+    makes it, and the sum is the same: Attn(q, prompt) is the stock attention of prompt and latents, Attn(q, prompt_r)
+    one over all latents and the text of r. That text sees itself and the latents that have a share in it, and changes
+    from layer to layer; the prompt sees no text of a region. Each round of regions that do not overlap costs one more
+    attention, by token groups. Outside the window, and for the unconditional prediction, these texts are out of sight.
+    Families: all but those whose text must keep its length (HunyuanVideo, Mochi, Z-Image), which say so.
     """
 
     paper: ClassVar[str] = "attention couple; regional prompter"
@@ -88,13 +97,29 @@ class RegionPrompts(Control):
     feather: float = param(0.0, "softness of the region borders, as a fraction of the shorter side", 0, 0.5)
     confine: bool = param(True, "hide the regions' words of the main prompt from pixels outside every region")
     window: Window = field(default=Window(0.0, 0.3), kw_only=True)
-    where: Where = field(default=Where(kinds=("cross",)), kw_only=True)
+    where: Where = field(default=Where(), kw_only=True)
 
     @property
     def idle(self) -> bool:
         return self.window.empty or self.base_ratio == 1 or not any(self.regions)
 
+    def context(self, text: Text, sampling: Sampling) -> Text:
+        if not self._in_sequence(sampling):
+            return text
+        return with_entities(text, sampling, self.regions, longest(sampling, self.regions))
+
+    def _in_sequence(self, sampling: Sampling) -> bool:
+        return sampling.joint and "joint" in self.where.kinds
+
+    def acts(self, step: Step, branch: str, state: Any) -> bool:
+        if isinstance(state, JointCouple):
+            # Everywhere that the texts of the regions must be hidden.
+            return branch != "uncond" or state.entities.beside_negative
+        return super().acts(step, branch, state)
+
     def begin(self, sampling: Sampling) -> Any:
+        if self._in_sequence(sampling):
+            return self._begin_joint(sampling)
         layout = resolve(sampling, self.regions, self.where, how="coverage", find=False)
         most = layout.valid.shape[1]
         # Prompts with fewer regions repeat their first text, at weight 0.
@@ -104,26 +129,50 @@ class RegionPrompts(Control):
         ]
         encoded = sampling.encode([text for row in texts for text in row]).positive
         contexts = encoded.unflatten(0, (len(texts), most)).repeat_interleave(layout.images, dim=0)
+        masks, shares = self._shares(sampling, layout)
+        tokens = named_tokens(sampling, layout) if self.confine else None
+        visible = {grid: None if tokens is None else confinement(tokens, masks[grid]) for grid in masks}
+        return {"contexts": contexts.to(sampling.dtype), "shares": shares, "visible": visible, "keys": {}}
+
+    def _begin_joint(self, sampling: Sampling) -> JointCouple:
+        if "uncond" in self.branches:
+            raise ControlError(
+                f"{self.name} puts the regions' texts beside the prompt of a model with joint attention, not beside "
+                'its negative prompt: use branches=("cond",).'
+            )
+        entities = Entities.begin(sampling, self.regions, self.where)
+        masks, shares = self._shares(sampling, entities.layout)
+        tokens = named_tokens(sampling, entities.layout) if self.confine else None
+        return JointCouple(
+            entities,
+            written(sampling, self.regions, longest(sampling, self.regions)),
+            shares,
+            {grid: (one == 0).all(dim=1) for grid, one in masks.items()},
+            None if tokens is None else tokens.any(dim=1),
+        )
+
+    def _shares(self, sampling: Sampling, layout: Layout) -> tuple[dict[Grid, torch.Tensor], dict[Grid, Any]]:
+        """By grid: the masks, and the shares of `couple_weights`."""
         weights = torch.zeros(layout.valid.shape, device=sampling.device)
         for row, p in enumerate(i for i in range(len(layout.regions)) for _ in range(layout.images)):
             for r, region in enumerate(layout.regions[p]):
                 weights[row, r] = region.weight
-        shares, visible = {}, {}
-        tokens = named_tokens(sampling, layout) if self.confine else None
-        for grid in sampling.grids(self.where):
-            masks = feathered(layout.mask(grid, "coverage"), grid, self.feather)
-            shares[grid] = couple_weights(masks, weights, self.base_ratio)
-            visible[grid] = None if tokens is None else confinement(tokens, masks)
-        return {"contexts": contexts.to(sampling.dtype), "shares": shares, "visible": visible, "keys": {}}
+        grids = sampling.grids(self.where)
+        masks = {grid: feathered(layout.mask(grid, "coverage"), grid, self.feather) for grid in grids}
+        return masks, {grid: couple_weights(masks[grid], weights, self.base_ratio) for grid in grids}
 
-    def mask(self, call: Call, state: Any) -> torch.Tensor | None:
+    def mask(self, call: Call, state: Any) -> torch.Tensor | TokenGroups | None:
+        if isinstance(state, JointCouple):
+            return state.mask(call, super().acts(call.step, call.branch, state))
         return state["visible"][call.queries.grid]
 
     def inputs(self, call: Call, state: Any) -> Call:
+        if isinstance(state, JointCouple):
+            return state.inputs(call) if super().acts(call.step, call.branch, state) else call
         if call.project is None:
             raise ControlError(
-                f"{self.name} needs layers that take text of its own as keys, which {call.site.name} does not: use "
-                "Where(kinds=...) or a method for joint attention."
+                f"{self.name} needs layers that take text as keys, which {call.site.name} does not: use "
+                'Where(kinds=("cross", "joint")).'
             )
         contexts, keys = state["contexts"], state["keys"]
         if call.site.name not in keys:
@@ -137,7 +186,4 @@ class RegionPrompts(Control):
             Stream(key, value, regions[:, r, :, None][:, None].to(dtype))
             for r, (key, value) in enumerate(keys[call.site.name])
         )
-        share = call.base_weight * base[:, None, :, None].to(dtype)
-        # What an earlier control shared out is scaled along, so that all weights still sum to 1.
-        earlier = tuple(Stream(s.key, s.value, s.weight * base[:, None, :, None].to(dtype)) for s in call.streams)
-        return call.change(streams=(*earlier, *streams), base_weight=share)
+        return call.shared(base[:, None, :, None].to(dtype), *streams)

@@ -1,0 +1,58 @@
+"""Given pictures as clean latents, in the form in which controls see latents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnctrl.errors import ControlError
+
+if TYPE_CHECKING:
+    from attnctrl.processors.family import Family
+    from attnctrl.sites import Grid
+
+
+def clean_latents(pipe: Any, family: Family, source: Any, like: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The latents (batch or 1, channels, height, width) of a picture for predictions of the shape of `like`.
+
+    source: latents as the pipeline returns them for output_type="latent", or in the form of `like`; or a picture, or
+    one per picture of the batch, of any kind that the pipeline's image processor takes. Raises ControlError for
+    latents of another shape and for autoencoders whose scaling we do not know.
+    """
+    if isinstance(source, torch.Tensor):
+        packed = source.ndim == 3 and source.shape[1] == grid[1] * grid[2]
+        latents = family.unpacked(source, grid) if packed else source
+    else:
+        latents = _encoded(pipe, source, like)
+    if latents.shape[1:] != like.shape[1:] or len(latents) not in (1, len(like)):
+        raise ControlError(
+            f"the source has latents of shape {tuple(latents.shape)}, this run has {tuple(like.shape)}: give one for "
+            "all pictures or one for each, of the size of the run."
+        )
+    return latents.to(like.device)
+
+
+def _encoded(pipe: Any, source: Any, like: torch.Tensor) -> torch.Tensor:
+    vae, factor = pipe.vae, pipe.vae_scale_factor
+    pixels = pipe.image_processor.preprocess(source, height=like.shape[-2] * factor, width=like.shape[-1] * factor)
+    pixels = pixels.to(like.device, vae.dtype)
+    config = vae.config
+    with torch.no_grad():
+        if "latents_mean" in config and config.latents_mean is not None:
+            # A video autoencoder: a picture is one frame.
+            mean, std = (torch.tensor(v, device=like.device)[:, None, None] for v in _statistics(config))
+            encoded = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
+            return (encoded - mean) / std
+        encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mode()
+    else:
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+    if "scaling_factor" not in config:
+        raise ControlError(f"how {type(vae).__name__} scales its latents is not known: give latents as the source.")
+    return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+
+def _statistics(config: Any) -> tuple[list[float], list[float]]:
+    return config.latents_mean, config.latents_std
