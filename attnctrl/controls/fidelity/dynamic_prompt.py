@@ -99,7 +99,7 @@ class DynamicPrompt(Control):
     was learned stays to the end. The background is found as in the paper, by clustering self-attention, here averaged
     over the steps so far. Departures: the paper edits real pictures after an inversion, with a null-text optimisation
     that is not part of this; and it learns rows of the encoder's input table with AdamW, where this moves the encoder's
-    output at the nouns' positions down the plain gradient.
+    output at the nouns' positions down the plain gradient, by a scale that suits the shapes world.
     phrases are the nouns; by default every noun of the prompt. In joint attention the background is found by the
     attention of the latents among themselves. Families: all whose text is one tensor, so not Z-Image (SANA:
     background_weight=0).
@@ -109,7 +109,7 @@ class DynamicPrompt(Control):
     fixes: ClassVar[str] = "attention of a noun leaking onto other things, before an edit"
 
     phrases: Phrases | None = None
-    scale: float = param(1.0, "step size on the embeddings", 0, 1000)
+    scale: float = param(10.0, "step size on the embeddings", 0, 1000)
     attention_weight: float = param(1.0, "weight of the attention loss", 0, 10)
     background_weight: float = param(0.05, "weight of the background loss", 0, 10)
     disjoint_weight: float = param(0.05, "weight of the disjoint loss", 0, 10)
