@@ -27,7 +27,7 @@ REGIONAL = [name for name in CLASSIC if "regions" in REGISTRY[name].control.__da
 ATTENTION = [
     name
     for name in CLASSIC
-    if set(REGISTRY[name].make(()).points()) & set(ATTENTION_POINTS) and REGISTRY[name].make(()).branches == ("cond",)
+    if set(REGISTRY[name].make(()).points()) & set(ATTENTION_POINTS) and "noise" not in REGISTRY[name].make(()).points()
 ]
 WORDS = [name for name in CLASSIC if "learned" in vars(REGISTRY[name].control)]
 
