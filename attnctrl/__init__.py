@@ -7,11 +7,17 @@ from attnctrl.controls import (
     RAG,
     AStar,
     AttendExcite,
+    BundledAttention,
+    Conform,
     DenseDiffusion,
+    DivideBind,
+    DynamicPrompt,
     EliGen,
+    InitNO,
     InpaintFusion,
     LayoutGuidance,
     LoCo,
+    OptiPrune,
     Refocus,
     RegionalFlux,
     RegionMask,
@@ -19,6 +25,7 @@ from attnctrl.controls import (
 )
 from attnctrl.errors import ControlError
 from attnctrl.install import share
+from attnctrl.nouns import find_pairs
 from attnctrl.regions import Region
 from attnctrl.run import Run, control
 
@@ -27,15 +34,21 @@ __all__ = [
     "RAG",
     "AStar",
     "AttendExcite",
+    "BundledAttention",
+    "Conform",
     "Control",
     "ControlError",
     "DenseDiffusion",
     "Descent",
+    "DivideBind",
+    "DynamicPrompt",
     "EliGen",
+    "InitNO",
     "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
     "Loss",
+    "OptiPrune",
     "Refocus",
     "Region",
     "RegionMask",
@@ -45,5 +58,6 @@ __all__ = [
     "Where",
     "Window",
     "control",
+    "find_pairs",
     "share",
 ]

@@ -84,7 +84,8 @@ class Descent:
     """How a loss is descended in one step: z <- z - scale * grad(loss), up to `iterations` times.
 
     The gradient is taken with respect to the denoiser's input, whose noise is of unit variance under every
-    scheduler, so a scale means the same under DDIM and Euler.
+    scheduler, so a scale means the same under DDIM and Euler; or to the embeddings of the tokens that
+    `Control.learned` names.
     """
 
     scale: float
@@ -93,10 +94,15 @@ class Descent:
 
 @dataclass(frozen=True)
 class Loss:
-    """value: (batch,) one loss per picture. done: (batch,) bool, pictures that need no further descent this step."""
+    """value: (batch,) one loss per picture.
+
+    Both bool (batch,): done, pictures that need no further descent this step; last, pictures for which the move that
+    follows is the step's last.
+    """
 
     value: torch.Tensor
     done: torch.Tensor | None = None
+    last: torch.Tensor | None = None
 
 
 def param(default: Any, text: str, low: float | None = None, high: float | None = None, **more: Any) -> Any:
@@ -199,7 +205,10 @@ class Control:
 
     # sampling level -----------------------------------------------------------------------------------------
     def noise(self, noise: torch.Tensor, sampling: Sampling, state: Any) -> torch.Tensor:
-        """Choose the start: (batch, channels, height, width) of unit variance."""
+        """Choose the start: (batch, channels, height, width) of unit variance.
+
+        `sampling.maps_of(noise, where)` gives the maps that the first step would have from a noise, differentiable.
+        """
         return noise
 
     def descent(self, step: Step) -> Descent | None:
@@ -209,6 +218,13 @@ class Control:
     def loss(self, maps: StepMaps, step: Step, state: Any) -> Loss:
         """A loss per picture from the maps of the conditional branch, differentiable."""
         raise NotImplementedError
+
+    def learned(self, state: Any) -> torch.Tensor | None:
+        """The text tokens on whose embeddings the loss is descended: (batch, text tokens) bool; None: on the latents.
+
+        The conditional branch keeps the changed embeddings to the end of the run.
+        """
+        return None
 
     def latents(self, latents: torch.Tensor, step: Step, state: Any) -> torch.Tensor:
         """Edit the latents that the scheduler's step returned, (batch, channels, height, width)."""

@@ -1,4 +1,4 @@
-"""The loss point: latents are moved down the gradient of the controls' losses before the denoiser sees them."""
+"""The loss point: latents, or words, move down the gradient of the controls' losses before the denoiser sees them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from attnctrl.control import Descent
 from attnctrl.errors import ControlError
@@ -69,22 +70,25 @@ class _Member:
     descent: Descent
     names: set[str]
     open: torch.Tensor
+    learned: torch.Tensor | None
 
 
 def descend(
     sampling: Sampling,
     losses: list[tuple[Active, Descent, set[str]]],
     sample: torch.Tensor,
+    text: torch.Tensor,
     latents: Callable[[torch.Tensor], torch.Tensor],
-    forward: Callable[[torch.Tensor, Reader], Any],
+    forward: Callable[[torch.Tensor, torch.Tensor | None, Reader], Any],
     stop: bool,
-) -> torch.Tensor:
-    """The change that the losses make to the conditional rows of the denoiser's input.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The changes that the losses make to the conditional rows of the denoiser's input and of its text.
 
-    sample: those rows; what is no latents, such as the conditions of inpainting, stays as it is. latents: gives the
-    view of the sampler's latents in it. forward: runs the denoiser on a sample while the reader listens. stop: end
-    that pass after the last map read. Returns the change of the latents in float32. All losses share one pass per
-    iteration and move the latents together; each picture stops on its own.
+    sample: those rows; what is no latents, such as the conditions of inpainting, stays as it is. text: their
+    embeddings (rows, tokens, channels). latents: gives the view of the sampler's latents in a sample. forward: runs the
+    denoiser on a sample, and a text where it is not None, while the reader listens. stop: end that pass after the last
+    map read. Returns the changes in float32, that of the text None where no loss is descended on it. All losses share
+    one pass per iteration and move the latents together; each picture stops on its own.
     """
     step = sampling.step
     assert step is not None
@@ -92,31 +96,57 @@ def descend(
     # Fresh tensors with inference mode off: ComfyUI calls from inside it, where no gradient exists.
     with torch.inference_mode(False), torch.enable_grad():
         members = [
-            _Member(active, descent, names, torch.ones(len(sample), dtype=torch.bool, device=sample.device))
+            _Member(
+                active,
+                descent,
+                names,
+                torch.ones(len(sample), dtype=torch.bool, device=sample.device),
+                active.control.learned(active.state),
+            )
             for active, descent, names in losses
         ]
         moved = sample.clone().detach()
         start = latents(moved).float().clone()
+        learning = [m.active.control.name for m in members if m.learned is not None]
+        if learning and not isinstance(text, torch.Tensor):
+            raise ControlError(f"{learning[0]} changes text embeddings, which this model does not take as one tensor.")
+        # In half precision small steps would be lost one by one.
+        words = text.detach().float().clone() if learning else None
         for iteration in range(max(m.descent.iterations for m in members)):
             running = [m for m in members if iteration < m.descent.iterations and bool(m.open.any())]
             if not running:
                 break
-            leaf = moved.detach().requires_grad_(True)
+            leaf = moved.detach().requires_grad_(any(m.learned is None for m in running))
+            word_leaf = None if words is None else words.to(text.dtype).detach().requires_grad_(True)
             reader = Reader(wanted, stop, sampling.text_tokens)
             with suppress(StopForward):
-                forward(leaf, reader)
+                forward(leaf, word_leaf, reader)
             reader.closed = True
-            total = sum(_weighted(sampling, running, reader.maps.shared(), iteration))
-            if not isinstance(total, torch.Tensor) or not total.requires_grad:
-                continue
-            gradient = _gradient(total, leaf, running)
-            del total  # and with it the graph, before the next pass builds its own
+            totals = list(_weighted(sampling, running, reader.maps.shared(), iteration))
+            # The latents move down the sum of their losses; words down each loss that names them, by itself.
+            moves: list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]]
+            moves = [(m.learned, word_leaf, total) for m, total in totals if m.learned is not None]
+            by_latents = [total for m, total in totals if m.learned is None]
+            if by_latents:
+                moves.append((None, leaf, torch.stack(by_latents).sum()))
+            moves = [move for move in moves if move[2].requires_grad]
+            gradients = [_gradient(total, at, running, n < len(moves) - 1) for n, (_, at, total) in enumerate(moves)]
+            chosen = [learned for learned, _, _ in moves]
+            del totals, by_latents, moves  # and with them the graph, before the next pass builds its own
             moved = moved.detach()
-            latents(moved).sub_(latents(gradient).to(moved.dtype))
-        return latents(moved).float() - start
+            for learned, gradient in zip(chosen, gradients, strict=True):
+                if learned is None:
+                    latents(moved).sub_(latents(gradient).to(moved.dtype))
+                elif words is not None:
+                    # Text that controls put behind the prompt is nobody's to learn.
+                    named = F.pad(learned, (0, gradient.shape[1] - learned.shape[1]))
+                    words = words - gradient * named[..., None].to(gradient)
+        return latents(moved).float() - start, None if words is None else words - text.float()
 
 
-def _weighted(sampling: Sampling, running: list[_Member], maps: StepMaps, iteration: int) -> Iterator[torch.Tensor]:
+def _weighted(
+    sampling: Sampling, running: list[_Member], maps: StepMaps, iteration: int
+) -> Iterator[tuple[_Member, torch.Tensor]]:
     """Each running loss, summed over the pictures that still take part, times its step size."""
     step = sampling.step
     assert step is not None
@@ -129,14 +159,20 @@ def _weighted(sampling: Sampling, running: list[_Member], maps: StepMaps, iterat
         if loss.done is not None:
             member.open &= ~loss.done.to(member.open.device)
         chosen = loss.value[member.open]
+        if loss.last is not None:
+            member.open = member.open & ~loss.last.to(member.open.device)
         if chosen.numel():
-            yield member.descent.scale * chosen.sum()
+            yield member, member.descent.scale * chosen.sum()
 
 
-def _gradient(total: torch.Tensor, leaf: torch.Tensor, running: list[_Member]) -> torch.Tensor:
+def _gradient(
+    total: torch.Tensor, leaf: torch.Tensor | None, running: list[_Member], keep: bool = False
+) -> torch.Tensor:
+    """d total / d leaf. keep: another gradient of the same pass follows."""
+    assert leaf is not None
     factors = HALF_LOSS_SCALES if leaf.dtype == torch.float16 else (1.0,)
     for factor in factors:
-        (gradient,) = torch.autograd.grad(total * factor, leaf, retain_graph=factor != factors[-1])
+        (gradient,) = torch.autograd.grad(total * factor, leaf, retain_graph=keep or factor != factors[-1])
         gradient = gradient.float() / factor
         if torch.isfinite(gradient).all():
             return gradient

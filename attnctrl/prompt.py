@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,12 +103,10 @@ class PromptTokens:
 
     def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
         """Token positions of each place where `phrase` stands in the prompt as whole words, ignoring case."""
-        words = phrase.split()
-        if not words:
+        if not phrase.split():
             raise ControlError("a phrase is empty: name the words of the prompt that the region belongs to.")
-        pattern = r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words) + r"(?!\w)"
         found = []
-        for match in re.finditer(pattern, self.prompt, flags=re.IGNORECASE):
+        for match in whole_words(self.prompt, phrase):
             inside = [i for i, (a, b) in enumerate(self.spans) if a < match.end() and b > match.start() and a < b]
             if inside:
                 found.append(tuple(i + self.offset for i in inside))
@@ -152,6 +150,12 @@ class PromptTokens:
         return ", ".join(
             f"{i}:{token}" for i, (token, (a, b)) in enumerate(zip(self.tokens, self.spans, strict=True)) if a < b
         )
+
+
+def whole_words(prompt: str, phrase: str) -> Iterator[re.Match[str]]:
+    """Every place of `phrase` in `prompt` as whole words, ignoring case."""
+    pattern = r"(?<!\w)" + r"\s+".join(re.escape(word) for word in phrase.split()) + r"(?!\w)"
+    return re.finditer(pattern, prompt, flags=re.IGNORECASE)
 
 
 def find_everywhere(prompts: list[PromptTokens], phrase: str, occurrence: int | None = None) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def wants_record(controls: Sequence[Control], record: bool | Sequence[str]) -> b
 
 def named_phrases(control: Control) -> list[str]:
     """The phrases that a control's regions or phrases name."""
-    return [*phrases_of(getattr(control, "regions", ())), *flat(getattr(control, "phrases", ()))]
+    return [*phrases_of(getattr(control, "regions", ())), *flat(getattr(control, "phrases", None) or ())]
 
 
 def _missing(sampling: Sampling, phrase: str) -> str:

@@ -74,8 +74,8 @@ class Run:
     # attach and restore -------------------------------------------------------------------------------------
     def attach(self) -> None:
         if not self.idle:
-            descends = any("loss" in c.points() and not c.idle for c in self.controls)
-            self.installation = acquire(self.family, frozen=descends)
+            reads = any({"loss", "noise"} & set(c.points()) and not c.idle for c in self.controls)
+            self.installation = acquire(self.family, frozen=reads)
             self._refuse_foreign()
         if hasattr(self.pipe, "check_inputs"):
             self._shadow(self.pipe, "check_inputs", self._check_inputs)

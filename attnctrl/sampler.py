@@ -17,7 +17,7 @@ from attnctrl.errors import ControlError
 from attnctrl.processors.work import Branch, Work
 from attnctrl.recording import Recorder
 from attnctrl.sampling import Active, Sampling
-from attnctrl.sampling_points import descend_losses, edit_noise, guided
+from attnctrl.sampling_points import descend_losses, edit_noise, guided, with_words
 from attnctrl.schedule import Schedule
 from attnctrl.sites import MASKS, Grid, Site, Step
 
@@ -39,6 +39,7 @@ class Sampler:
         self.steps_done = 0
         self.calls = 0
         self.change = Change()
+        self.words: torch.Tensor | None = None  # what losses have added to the text, (pictures, tokens, channels)
         self.predicted: dict[str, torch.Tensor] = {}
         self.asked: dict[str, tuple[tuple, dict[str, Any]]] = {}
         self.recorder: Recorder | None = None
@@ -76,8 +77,9 @@ class Sampler:
             self.sampling.steps_seen.append(self.sampling.step)
             if not self.started:
                 self._start(sample, self.family.latent_grid(args, kwargs))
-                edit_noise(self, sample)
-            descend_losses(self, args, kwargs, self.moved(sample), self.sampling.step)
+                edit_noise(self, args, kwargs, sample, self.sampling.step)
+            descend_losses(self, *with_words(self, args, kwargs), self.moved(sample), self.sampling.step)
+        args, kwargs = with_words(self, args, kwargs)
         changed = self.moved(sample)
         if changed is not sample:
             args, kwargs = self.family.with_sample(args, kwargs, changed)

@@ -16,6 +16,7 @@ from attnctrl.maps import Maps
 from attnctrl.prompt import PromptTokens, find_everywhere
 from attnctrl.report import Report
 from attnctrl.sites import Grid, Site, Step
+from attnctrl.stepmaps import StepMaps
 from attnctrl.text import Text
 
 RECORD_WHERE = Where(near=1 / 16)
@@ -51,7 +52,9 @@ class Sampling:
     classifier-free guidance runs. encode: the embeddings of any texts, the same tensors for the same texts. clean:
     makes latents of a picture, or of a tensor as the pipeline returns it, for predictions of the shape of the second
     argument. The latent facts are known from the first step on: latent_grid is (frames, height, width), batch counts
-    pictures = prompts * images_per_prompt. begun orders the samplings of a process.
+    pictures = prompts * images_per_prompt. begun orders the samplings of a process. maps_of: in the noise point, the
+    maps that the first step would have from a noise of unit variance (batch, channels, height, width) at the sites of
+    a `Where`; differentiable.
     """
 
     prompts: list[str] | None
@@ -75,6 +78,7 @@ class Sampling:
     losses: list[LossValue] = field(default_factory=list)
     report: Report = field(default_factory=Report)
     steps_seen: list[Step] = field(default_factory=list)
+    maps_of: Callable[[torch.Tensor, Where], StepMaps] | None = None
     begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property

@@ -2,36 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnctrl.calls import ordinary
+from attnctrl.control import Where
 from attnctrl.descend import Reader, descend
 from attnctrl.errors import ControlError
 from attnctrl.guidance import Crop, Prediction
 from attnctrl.processors.family import Family
+from attnctrl.processors.work import StopForward
+from attnctrl.sampling import Active
 from attnctrl.sites import MASKS, Grid, Step
+from attnctrl.stepmaps import StepMaps
 
 if TYPE_CHECKING:
     from attnctrl.sampler import Sampler
 
 
-def edit_noise(sampler: Sampler, sample: torch.Tensor) -> None:
+Forward = Callable[[torch.Tensor, torch.Tensor | None, Reader], Any]
+
+
+@contextmanager
+def reading(sampler: Sampler, args: tuple, kwargs: dict[str, Any], who: str) -> Iterator[tuple[Forward, torch.Tensor]]:
+    """A denoiser pass on a sample and a text of the conditional rows, with a reader; and the text that they have.
+
+    args, kwargs: of the step's first call. who: the control that reads, for messages. Stays open until the gradients
+    are taken: checkpointing runs layers again in the backward pass.
+    """
+    if sampler.family.compiled:
+        raise ControlError(f"{who} needs gradients: use the pipeline without torch.compile.")
+    # A caller's inference mode left tensors that autograd must not save.
+    args, kwargs = ordinary((args, kwargs))
+    args, kwargs = sampler.family.picked(args, kwargs, sampler.rows, sampler.conditional_rows())
+    if sampler.family.checkpointed:
+        assert sampler.run.installation is not None
+        sampler.run.installation.carry_context()
+
+    def forward(sample: torch.Tensor, text: torch.Tensor | None, reader: Reader) -> None:
+        sampler.reader = reader
+        sampler.forward(args, kwargs, sample, text)
+
+    try:
+        with sampler.inside():
+            yield forward, sampler.family.signature.get(args, kwargs, sampler.family.names.text)
+    finally:
+        sampler.reader = None
+
+
+def site_names(sampler: Sampler, where: Where) -> set[str]:
+    """The sites that `where` selects in the denoiser of this step."""
+    sites = where.select(sampler.sampling.sites, sampler.sampling.latent_grid)
+    expert = sampler.family.denoisers.index(sampler.denoiser)
+    return {s.name for s in sites if s.expert == expert}
+
+
+def edit_noise(sampler: Sampler, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor, step: Step) -> None:
     """The noise point: what the sampling starts from; the change reaches the denoiser and the scheduler."""
-    for one in [a for a in sampler.sampling.active if "noise" in a.points]:
-        step = sampler.sampling.step
-        assert step is not None
-        # The sampler's latents are noise times init_noise_sigma, the denoiser's input those times its scale.
-        factor = sampler.schedule.input_scale(step) * sampler.schedule.start_scale
-        rows, grid = sampler.conditional_rows(), sampler.sampling.latent_grid
-        start = sampler.family.latents(sampler.moved(sample)[rows], grid).float() / factor
-        start = sampler.family.unpacked(start, grid)
-        with sampler.sampling.report.timed(one.index, one.control.name, "noise", step.index):
-            wanted = one.control.noise(start, sampler.sampling, one.state)
+    # The sampler's latents are noise times init_noise_sigma, the denoiser's input those times its scale.
+    factor = sampler.schedule.input_scale(step) * sampler.schedule.start_scale
+    rows, family, grid = sampler.conditional_rows(), sampler.family, sampler.sampling.latent_grid
+    for one in sampler.active_at("noise", step):
+        given = ordinary(sampler.moved(sample)[rows])
+        start = family.unpacked(family.latents(given, grid).float() / factor, grid)
+        # What a control learns here must not be of a caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            sampler.sampling.maps_of = partial(_maps_of, sampler, args, kwargs, given, factor, one, stack)
+            with sampler.sampling.report.timed(one.index, one.control.name, "noise", step.index):
+                wanted = one.control.noise(start, sampler.sampling, one.state)
+            sampler.sampling.maps_of = None
         # The difference before the factor: noise handed back unchanged must change nothing, rounding included.
-        sampler.change.add(sampler.family.packed((wanted - start) * factor, grid))
+        sampler.change.add(family.packed((wanted - start) * factor, grid))
+
+
+def _maps_of(
+    sampler: Sampler,
+    args: tuple,
+    kwargs: dict[str, Any],
+    given: torch.Tensor,
+    factor: float,
+    one: Active,
+    stack: ExitStack,
+    noise: torch.Tensor,
+    where: Where,
+) -> StepMaps:
+    """See `Sampling.maps_of`; the pass stays open in `stack`."""
+    stack.close()
+    forward, _ = stack.enter_context(reading(sampler, args, kwargs, one.control.name))
+    grid = sampler.sampling.latent_grid
+    names, stop = frozenset(site_names(sampler, where)), not sampler.family.checkpointed
+    reader = Reader(names, stop, sampler.sampling.text_tokens)
+    drawn = given.clone()
+    sampler.family.latents(drawn, grid).copy_(sampler.family.packed(noise * factor, grid))
+    with suppress(StopForward):
+        forward(drawn, None, reader)
+    reader.closed = True
+    return reader.maps.shared()
 
 
 def descend_losses(sampler: Sampler, args: tuple, kwargs: dict[str, Any], sample: torch.Tensor, step: Step) -> None:
@@ -43,36 +113,32 @@ def descend_losses(sampler: Sampler, args: tuple, kwargs: dict[str, Any], sample
     for one in sampler.active_at("loss", step):
         descent = one.control.descent(step)
         if descent is not None and descent.scale != 0 and descent.iterations > 0:
-            sites = one.control.where.select(sampler.sampling.sites, sampler.sampling.latent_grid)
-            expert = sampler.family.denoisers.index(sampler.denoiser)
-            losses.append((one, descent, {s.name for s in sites if s.expert == expert}))
+            losses.append((one, descent, site_names(sampler, one.control.where)))
     if not losses:
         return
-    if sampler.family.compiled:
-        raise ControlError(f"{losses[0][0].control.name} needs gradients: use the pipeline without torch.compile.")
-
-    checkpointed = sampler.family.checkpointed
-    # A caller's inference mode left tensors that autograd must not save.
-    args, kwargs = ordinary((args, kwargs))
-    args, kwargs = sampler.family.picked(args, kwargs, sampler.rows, sampler.conditional_rows())
-    if checkpointed:
-        assert sampler.run.installation is not None
-        sampler.run.installation.carry_context()
-
-    def forward(leaf: torch.Tensor, reader: Reader) -> None:
-        sampler.reader = reader
-        sampler.forward(args, kwargs, leaf, None)
 
     def latents(given: torch.Tensor) -> torch.Tensor:
         return sampler.family.latents(given, sampler.sampling.latent_grid)
 
-    cond = sample[sampler.conditional_rows()]
-    try:
-        # Until the gradients are taken: checkpointing runs layers again in the backward pass.
-        with sampler.inside():
-            sampler.change.add(descend(sampler.sampling, losses, cond, latents, forward, stop=not checkpointed))
-    finally:
-        sampler.reader = None
+    cond, stop = sample[sampler.conditional_rows()], not sampler.family.checkpointed
+    with reading(sampler, args, kwargs, losses[0][0].control.name) as (forward, text):
+        change, words = descend(sampler.sampling, losses, cond, text, latents, forward, stop)
+    sampler.change.add(change)
+    if words is not None:
+        sampler.words = words if sampler.words is None else sampler.words + words
+
+
+def with_words(sampler: Sampler, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with the embeddings that losses have learned so far, in the conditional rows alone."""
+    if sampler.words is None:
+        return args, kwargs
+    branches = sampler.family.branches(sampler.rows, sampler.sampling.batch, sampler.calls - 1)
+    rows = next((b.rows for b in branches if b.name == "cond"), None)
+    if rows is None:
+        return args, kwargs
+    text = sampler.family.signature.get(args, kwargs, sampler.family.names.text).clone()
+    text[rows] += sampler.words.to(text.dtype)
+    return sampler.family.with_text(args, kwargs, text)
 
 
 def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor:

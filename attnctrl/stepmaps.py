@@ -51,6 +51,22 @@ class SelfMap:
         spread = values.to(self.query.dtype)[:, None].expand(-1, heads, -1, -1)
         return masked_attention(self.query, self.key, spread, self.mask, self.scale).float().mean(dim=1)
 
+    def rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """What single latent tokens attend to, averaged over heads: no array is tokens x tokens.
+
+        positions: (batch, n) of latent tokens -> (batch, n, tokens).
+        """
+        heads, size = self.query.shape[1], self.query.shape[-1]
+        index = positions[:, None, :, None]
+        query = self.query.gather(2, index.expand(-1, heads, -1, size))
+        mask = self.mask
+        if isinstance(mask, TokenGroups):
+            bits = mask.query_bits.expand(len(query), -1).gather(1, positions)
+            mask = TokenGroups(bits, mask.key_bits).dense()
+        elif mask is not None and mask.shape[-2] > 1:
+            mask = mask.expand(len(query), -1, -1, -1).gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[-1]))
+        return probabilities(query, self.key, mask, self.scale).mean(dim=1)
+
     def detached(self) -> SelfMap:
         """The same map without its gradient."""
         return replace(self, query=self.query.detach(), key=self.key.detach())
@@ -96,7 +112,8 @@ class StepMaps:
         if not found:
             raise ControlError(
                 f"the loss reads self-attention on the grid {grid}, where `where` selects none: widen it, or switch "
-                "that part of the loss off (self_weight=0, sharpen=False): SANA's has no maps."
+                "that part of the loss off (self_weight=0, background_weight=0, sharpen=False): SANA's has no "
+                "maps."
             )
         return found
 

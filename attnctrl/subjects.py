@@ -48,11 +48,8 @@ def flat(phrases: Phrases) -> list[str]:
     return list(dict.fromkeys(p for item in phrases for p in ([item] if isinstance(item, str) else item)))
 
 
-def resolve_phrases(sampling: Sampling, phrases: Phrases) -> Subjects:
-    """Tie the phrases to the prompts of a sampling.
-
-    Raises ControlError when a phrase is not in its prompt or the lists do not match the prompts.
-    """
+def phrase_lists(sampling: Sampling, phrases: Phrases) -> list[list[str]]:
+    """One list per prompt. Raises ControlError when the lists do not match the prompts."""
     if isinstance(phrases, str):
         raise ControlError(f'phrases is one string ("{phrases}"): give a list of phrases.')
     shared = [p for p in phrases if isinstance(p, str)]
@@ -66,6 +63,15 @@ def resolve_phrases(sampling: Sampling, phrases: Phrases) -> Subjects:
             f"there are {len(lists)} lists of phrases for {sampling.prompt_count} prompts: give one list for all, or "
             "one per prompt."
         )
+    return lists
+
+
+def resolve_phrases(sampling: Sampling, phrases: Phrases) -> Subjects:
+    """Tie the phrases to the prompts of a sampling.
+
+    Raises ControlError when a phrase is not in its prompt or the lists do not match the prompts.
+    """
+    lists = phrase_lists(sampling, phrases)
     rows = torch.zeros(len(lists), max(map(len, lists)), sampling.text_tokens, dtype=torch.bool)
     for p, names in enumerate(lists):
         for i, phrase in enumerate(names):

@@ -29,12 +29,32 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "rag": [{"hard_binding": 0.0, "soft_refinement": 0.0}, {"hard_binding": 0.0, "until": 0.0}],
     "attend-excite": [{"scale": 0.0}, {"iterations": 0}],
     "a-star": [{"scale": 0.0}, {"iterations": 0}, {"segregation_weight": 0.0, "retention_weight": 0.0}],
+    "conform": [{"scale": 0.0}, {"iterations": 0, "refinements": 0}],
+    "divide-bind": [{"scale": 0.0}, {"iterations": 0, "refinements": 0}],
+    "bundled-attention": [{"scale": 0.0}, {"iterations": 0}],
+    "init-no": [{"scale": 0.0, "rounds": 0}, {"scale": 0.0, "iterations": 0}, {"scale": 0.0, "rate": 0.0}],
+    "dynamic-prompt": [
+        {"scale": 0.0},
+        {"iterations": 0},
+        {"attention_weight": 0.0, "background_weight": 0.0, "disjoint_weight": 0.0},
+    ],
+    "opti-prune": [{"rounds": 0, "ratio": 0.0}, {"iterations": 0, "patch": 1}],
     "inpaint-fusion": [],
 }
 
 CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task != "editing"]
 """The methods that act on separate text keys, so on the UNets, and need no given picture; the others have tests of
 their own."""
+
+BINDING: dict[str, dict[str, Any]] = {
+    "conform": {"pairs": (("a", "cat"), ("a", "dog")), "shares": True},
+    "bundled-attention": {"pairs": (("a", "cat"), ("a", "dog"))},
+}
+"""Methods that do little where nouns have no attributes; of the tiny prompts the articles must serve."""
+
+
+LIVELY: dict[str, dict[str, Any]] = {"dynamic-prompt": {"scale": 1000.0}}
+"""An untrained model hardly minds its text, so that its embeddings need large steps."""
 
 
 def subject(method: Method) -> Any:
@@ -48,8 +68,8 @@ def busy(name: str, about: Any = None, **params: Any) -> ac.Control:
     """The method at work in every step of the run, with few descents because they cost time."""
     entry = REGISTRY[name]
     usual: dict[str, Any] = {"window": ac.Window(0.0, 1.0)}
-    if "iterations" in entry.params:
-        usual["iterations"] = 2
+    usual |= {name: 2 for name in ("iterations", "refinements", "rounds") if name in entry.params}
+    usual |= BINDING.get(name, {}) | LIVELY.get(name, {})
     return entry.make(subject(entry) if about is None else about, **usual | params)
 
 
@@ -61,6 +81,8 @@ def idle_forms() -> dict[str, ac.Control]:
             forms[f"{name}-{'-'.join(params)}"] = busy(name, **params)
         forms[f"{name}-no-subject"] = method.make(())
         forms[f"{name}-no-subject-per-prompt"] = method.make(((),))
+        if "pairs" in method.control.__dataclass_fields__:
+            forms[f"{name}-no-pairs"] = busy(name, pairs=())
         forms[f"{name}-empty-window"] = busy(name, window=ac.Window(0.5, 0.5))
     return forms
 

@@ -17,6 +17,9 @@ from attnctrl.errors import ControlError
 from attnctrl.shapes.detect import detect
 from attnctrl.shapes.score import score_image
 
+SPLIT = ("present", "bound")
+"""Measures that are also given apart for prompts of trained pairs and for those with a pair never trained."""
+
 
 def judge(task: Task, picture: Any, boxes: bool) -> dict[str, float]:
     """Every measure of one picture as a number: shares in 0..1, yes and no as 1 and 0, `extra` as a count.
@@ -44,6 +47,9 @@ def measure(pipe: Any, tasks: Sequence[Task], spec: Spec, settings: Settings, bo
         return Row(spec.label, objects, 0, error=str(error))
     scores = [judge(task, picture, boxes) for task, picture in zip(tasks, pictures, strict=True)]
     metrics = {name: mean_interval([s[name] for s in scores]) for name in scores[0]}
+    for kind, held_out in (("common", False), ("held_out", True)):
+        chosen = [s for s, task in zip(scores, tasks, strict=True) if task.held_out == held_out]
+        metrics |= {f"{name}_{kind}": mean_interval([s[name] for s in chosen]) for name in SPLIT if chosen}
     return Row(spec.label, objects, len(tasks), metrics, seconds)
 
 

@@ -1,11 +1,14 @@
-"""`bench fidelity`: without boxes, is everything there, in its own colour, and nothing else?"""
+"""`bench fidelity`: without boxes, is everything there, in its own colour, and nothing else?
+
+The controls get the nouns; the colours that belong to them they find in the prompt.
+"""
 
 from __future__ import annotations
 
 from attnctrl.bench.methods import NONE
 from attnctrl.controls import REGISTRY
 
-TABLE = ("present", "bound", "extra", "neglected")
+TABLE = ("present", "bound", "bound_common", "bound_held_out", "extra", "neglected", "leaked")
 BOXES = False
 IMAGES, QUICK_IMAGES = 200, 12
 OBJECTS = (2, 3, 4)

@@ -10,7 +10,7 @@ import numpy as np
 from attnctrl.regions import Region
 from attnctrl.shapes.layouts import Layout, Split, sample_layout
 from attnctrl.shapes.render import render
-from attnctrl.shapes.world import HALF_EXTENT, HeldOut, Scene, Thing
+from attnctrl.shapes.world import HALF_EXTENT, HELD_OUT, HeldOut, Scene, Thing
 
 HELD_OUT_EVERY = 5
 """One prompt in five asks for a colour-shape pair that no training picture held; the others hold trained pairs."""
@@ -41,6 +41,11 @@ class Task:
             r = min((x1 - x0) / half_w, (y1 - y0) / half_h) / 2
             things.append(Thing(shape, colour, (x0 + x1) / 2, (y0 + y1) / 2, r))
         return render([Scene(tuple(things), self.layout.background)])[0].permute(1, 2, 0).numpy()
+
+    @property
+    def held_out(self) -> bool:
+        """Whether a colour-shape pair is asked for that no training picture held."""
+        return any((colour, shape) in HELD_OUT for shape, colour in self.layout.asked)
 
     @property
     def nouns(self) -> list[str]:

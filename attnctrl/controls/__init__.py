@@ -9,6 +9,12 @@ from attnctrl.control import Control, Where
 from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
 from attnctrl.controls.fidelity.a_star import AStar
 from attnctrl.controls.fidelity.attend_excite import AttendExcite
+from attnctrl.controls.fidelity.bundled_attention import BundledAttention
+from attnctrl.controls.fidelity.conform import Conform
+from attnctrl.controls.fidelity.divide_bind import DivideBind
+from attnctrl.controls.fidelity.dynamic_prompt import DynamicPrompt
+from attnctrl.controls.fidelity.init_no import InitNO
+from attnctrl.controls.fidelity.opti_prune import OptiPrune
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
@@ -65,6 +71,12 @@ REGISTRY = {
         Method("rag", RAG, "layout"),
         Method("attend-excite", AttendExcite, "fidelity"),
         Method("a-star", AStar, "fidelity"),
+        Method("conform", Conform, "fidelity"),
+        Method("divide-bind", DivideBind, "fidelity"),
+        Method("init-no", InitNO, "fidelity"),
+        Method("bundled-attention", BundledAttention, "fidelity"),
+        Method("dynamic-prompt", DynamicPrompt, "fidelity"),
+        Method("opti-prune", OptiPrune, "fidelity"),
         Method("inpaint-fusion", InpaintFusion, "editing"),
     )
 }
@@ -82,12 +94,18 @@ __all__ = [
     "REGISTRY",
     "AStar",
     "AttendExcite",
+    "BundledAttention",
+    "Conform",
     "DenseDiffusion",
+    "DivideBind",
+    "DynamicPrompt",
     "EliGen",
+    "InitNO",
     "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
     "Method",
+    "OptiPrune",
     "Refocus",
     "RegionMask",
     "RegionPrompts",

@@ -123,6 +123,13 @@ def neglected(asked: Asked, detection: Detection) -> float:
     return sum(s not in shapes and c not in colours for s, c in asked) / max(1, len(asked))
 
 
+def leaked(asked: Asked, detection: Detection) -> float:
+    """Share of asked objects whose shape occurs in a colour that only another object was asked to have."""
+    found = {(f.shape, f.colour) for f in detection.objects} - set(asked)
+    colours = {c for _, c in asked}
+    return sum(any((s, c) in found for c in colours) for s, _ in asked) / max(1, len(asked))
+
+
 @dataclass(frozen=True)
 class Score:
     """All measures of one image; see the functions of the same names. The box measures are None without boxes."""
@@ -131,6 +138,7 @@ class Score:
     bound: bool
     extra: int
     neglected: float
+    leaked: float
     background: bool | None
     in_box: float | None = None
     iou: float | None = None
@@ -153,6 +161,7 @@ def score_image(
         bound=bound(asked, detection),
         extra=extra(asked, detection),
         neglected=neglected(asked, detection),
+        leaked=leaked(asked, detection),
         background=None if background is None else background == detection.background,
         in_box=None if boxes is None else in_box(asked, boxes, detection),
         iou=None if boxes is None else iou(asked, boxes, detection),

@@ -92,10 +92,21 @@ def test_a_method_that_cannot_work_is_a_row_with_its_reason(bench: Any, capsys: 
 
 
 def test_fidelity_gives_nouns_and_no_boxes(bench: Any) -> None:
-    status, found = bench("fidelity --images 2 --objects 3")
+    status, found = bench("fidelity --images 5 --objects 3")
     assert status == 0
-    assert [row["method"] for row in found["rows"]] == ["none", "attend-excite", "a-star"]
-    assert {"present", "bound"} <= set(found["rows"][1]["metrics"])
+    assert [row["method"] for row in found["rows"]] == [
+        "none",
+        "attend-excite",
+        "a-star",
+        "conform",
+        "divide-bind",
+        "init-no",
+        "bundled-attention",
+        "dynamic-prompt",
+        "opti-prune",
+    ]
+    assert {"present", "bound", "extra", "neglected", "leaked"} <= set(found["rows"][1]["metrics"])
+    assert {"bound_common", "bound_held_out"} <= set(found["rows"][1]["metrics"])  # the fifth has an untrained pair
     assert "in_box" not in found["rows"][1]["metrics"]
 
 

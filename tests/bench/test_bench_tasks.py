@@ -15,6 +15,7 @@ def test_one_task_in_five_holds_an_untrained_pair() -> None:
     tasks = make_tasks(2, 20)
     unseen = [any((c, s) in HELD_OUT for s, c in t.layout.asked) for t in tasks]
     assert [i for i, u in enumerate(unseen) if u] == [4, 9, 14, 19]
+    assert [task.held_out for task in tasks] == unseen
 
 
 def test_splits_share_no_prompt() -> None:

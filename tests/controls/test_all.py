@@ -24,7 +24,12 @@ PARTNER = dict.fromkeys(REGISTRY, "region-prompts") | {
     "rag": "loco",
 }
 REGIONAL = [name for name in CLASSIC if "regions" in REGISTRY[name].control.__dataclass_fields__]
-ATTENTION = [name for name in CLASSIC if set(REGISTRY[name].make(()).points()) & set(ATTENTION_POINTS)]
+ATTENTION = [
+    name
+    for name in CLASSIC
+    if set(REGISTRY[name].make(()).points()) & set(ATTENTION_POINTS) and "noise" not in REGISTRY[name].make(()).points()
+]
+WORDS = [name for name in CLASSIC if "learned" in vars(REGISTRY[name].control)]
 
 
 @cache
@@ -92,6 +97,7 @@ def test_it_matters_where_the_regions_are(name: str) -> None:
 def test_the_tables_hold_what_they_should() -> None:
     assert REGIONAL == ["region-mask", "region-prompts", "dense-diffusion", "layout-guidance", "refocus", "loco", "rag"]
     assert ATTENTION == ["region-mask", "region-prompts", "dense-diffusion", "rag"]
+    assert WORDS == ["dynamic-prompt"]
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -103,7 +109,17 @@ def test_an_attention_control_leaves_the_unconditional_half_alone(name: str) -> 
     assert torch.equal(seen.samples[0], stock.samples[0])
 
 
-@pytest.mark.parametrize("name", sorted(set(CLASSIC) - set(ATTENTION)))
+@pytest.mark.parametrize("name", WORDS)
+def test_a_loss_on_words_moves_those_of_the_conditional_half_alone(name: str) -> None:
+    pipe = tiny.sd()
+    stock, seen = watch(pipe, steps=1), watch(pipe, busy(name), steps=1)
+    assert torch.equal(seen.samples[0], stock.samples[0])
+    assert torch.equal(seen.texts[0][UNCOND], stock.texts[0][UNCOND])
+    changed = (seen.texts[0][COND] != stock.texts[0][COND]).any(dim=-1)[0]
+    assert changed.nonzero().flatten().tolist() == [2, 5]  # cat and dog
+
+
+@pytest.mark.parametrize("name", sorted(set(CLASSIC) - set(ATTENTION) - set(WORDS)))
 def test_a_loss_moves_both_halves_by_the_same(name: str) -> None:
     """Both branches of guidance must see the same latents."""
     pipe = tiny.sd()

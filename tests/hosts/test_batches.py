@@ -10,7 +10,7 @@ import torch
 import attnctrl as ac
 from attnctrl.controls import REGISTRY
 from tests import tiny
-from tests.methods import CLASSIC
+from tests.methods import BINDING, CLASSIC, LIVELY
 from tests.probes import REGIONS, Token
 from tests.spies import watched
 
@@ -30,9 +30,14 @@ PER_PROMPT = (
 def make(name: str, regions: Any) -> ac.Control:
     """The method for these regions, or for their phrases; with few descents, because they cost time."""
     entry = REGISTRY[name]
-    few = {"iterations": 2} if "iterations" in entry.params else {}
+    few: dict[str, Any] = {name: 2 for name in ("iterations", "refinements", "rounds") if name in entry.params}
     if "regions" in entry.control.__dataclass_fields__:
         return entry.make(regions, **few)
+    few |= LIVELY.get(name, {})
+    if name in BINDING:
+        own, other = BINDING[name]["pairs"], (("red", "bird"), ("the", "cat"))
+        pairs = {REGIONS: own, PER_PROMPT: (own, other)}.get(regions, other)
+        few |= BINDING[name] | {"pairs": pairs}
     return entry.make([r.phrase if isinstance(r, ac.Region) else [one.phrase for one in r] for r in regions], **few)
 
 

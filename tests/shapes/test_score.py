@@ -7,6 +7,7 @@ from attnctrl.shapes import (
     fitted_iou,
     in_box,
     iou,
+    leaked,
     neglected,
     present,
     sample_layout,
@@ -53,6 +54,21 @@ def test_one_missing_one_duplicated():
     assert neglected(ASKED, image) == 0.5
     assert in_box(ASKED, [LEFT, RIGHT], image) == 0.5
     assert score_image(ASKED, image, background="white").background is False
+
+
+def test_colours_leak_from_one_asked_object_to_another():
+    both = [*ASKED, ("star", "green")]
+
+    def image(*things):
+        return Detection([found(shape, colour, LEFT) for shape, colour in things], "white")
+
+    assert leaked(ASKED, PERFECT) == 0
+    assert leaked(ASKED, image(("circle", "blue"), ("square", "red"))) == 1
+    assert leaked(both, image(("circle", "red"), ("square", "red"))) == pytest.approx(1 / 3)
+    assert leaked(ASKED, image(("circle", "pink"), ("heart", "red"))) == 0  # strangers, but no leak
+    assert leaked([("circle", "red"), ("circle", "blue")], image(("circle", "blue"))) == 0
+    assert leaked([], image(("circle", "blue"))) == 0
+    assert score_image(ASKED, image(("circle", "blue"))).leaked == 0.5
 
 
 def test_one_found_object_serves_one_asked_object():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ import torch
 
 from attnctrl.control import Control, Descent, Loss, Where, Window, param
 from attnctrl.controls.fidelity.attend_excite import excited_maps
+from attnctrl.controls.fidelity.descents import Memory, step_size
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 from attnctrl.stepmaps import StepMaps
@@ -37,16 +37,6 @@ def retention(maps: torch.Tensor, kept: torch.Tensor, valid: torch.Tensor) -> to
     return ((1 - overlap) * valid).sum(dim=-1)
 
 
-@dataclass
-class _Memory:
-    """What a sampling remembers: the concepts' tokens, and binary maps by step index, one row per picture."""
-
-    subjects: Subjects
-    before: torch.Tensor | None = None
-    latest: torch.Tensor | None = None
-    step: int = -1
-
-
 @dataclass(frozen=True)
 class AStar(Control):
     """A-STAR: Test-time Attention Segregation and Retention (Agarwal et al., ICCV 2023, arXiv 2306.14544).
@@ -55,6 +45,8 @@ class AStar(Control):
     first half of the run. No official code is public. Open points settled here: maps are prepared as in
     Attend-and-Excite and divided by their maximum, so that the binary memory does not dominate; the memory of a
     concept is where its map in the previous step exceeded `threshold` of its maximum. In the first step L_ret is 0.
+    scales "parity" takes the formulas literally, without the division and with a sum over pairs that grows with the
+    square of the concepts; "mean" divides and averages over pairs.
     Attributes are not treated: give nouns. In joint attention the maps are shares of the attention to text.
     Families: all.
     """
@@ -67,6 +59,7 @@ class AStar(Control):
     segregation_weight: float = param(1.0, "weight of L_seg", 0, 10)
     retention_weight: float = param(1.0, "weight of L_ret", 0, 10)
     threshold: float = param(0.5, "what of a map is kept, as a fraction of its maximum", 0, 1)
+    scales: str = param("sum", "maps by their maximum, pairs summed or averaged", choices=("sum", "mean", "parity"))
     iterations: int = param(1, "descents per step", 0, 50)
     window: Window = field(default=Window(0.0, 0.5), kw_only=True)
     where: Where = field(default=Where(near=1 / 16), kw_only=True)
@@ -76,20 +69,23 @@ class AStar(Control):
         none = self.segregation_weight == 0 and self.retention_weight == 0
         return self.window.empty or self.scale == 0 or self.iterations == 0 or none or not flat(self.phrases)
 
-    def begin(self, sampling: Sampling) -> _Memory:
-        return _Memory(resolve_phrases(sampling, self.phrases))
+    def begin(self, sampling: Sampling) -> Memory:
+        return Memory(resolve_phrases(sampling, self.phrases))
 
     def descent(self, step: Step) -> Descent:
-        return Descent(self.scale * math.sqrt(1 - step.progress / 2), self.iterations)
+        return Descent(step_size(self.scale, step), self.iterations)
 
-    def loss(self, maps: StepMaps, step: Step, state: _Memory) -> Loss:
-        valid = state.subjects.valid
-        concepts = excited_maps(maps, state.subjects)
-        concepts = concepts / concepts.amax(dim=-1, keepdim=True).clamp(min=1e-8)
-        if step.index != state.step:
-            state.before, state.step = state.latest, step.index
-        state.latest = (concepts.detach() > self.threshold).float()
+    def loss(self, maps: StepMaps, step: Step, state: Memory) -> Loss:
+        subjects: Subjects = state.about
+        valid = subjects.valid
+        concepts = excited_maps(maps, subjects)
+        top = concepts.amax(dim=-1, keepdim=True).clamp(min=1e-8)
+        kept = state.exchange(step, (concepts > self.threshold * top).float())
+        concepts = concepts if self.scales == "parity" else concepts / top
         value = self.segregation_weight * segregation(concepts, valid)
-        if state.before is not None:
-            value = value + self.retention_weight * retention(concepts, state.before, valid)
+        if self.scales == "mean":
+            count = valid.sum(dim=-1)
+            value = value / (count * (count - 1) / 2).clamp(min=1)
+        if kept is not None:
+            value = value + self.retention_weight * retention(concepts, kept, valid)
         return Loss(value)
