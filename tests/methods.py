@@ -27,7 +27,7 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "eligen": [{"until": 0.0}],
     "regional-flux": [{"until": 0.0}, {"base_ratio": 1.0}],
     "rag": [{"hard_binding": 0.0, "soft_refinement": 0.0}, {"hard_binding": 0.0, "until": 0.0}],
-    "attend-excite": [{"scale": 0.0}, {"iterations": 0}],
+    "attend-excite": [{"scale": 0.0}, {"iterations": 0, "refinements": 0}],
     "a-star": [{"scale": 0.0}, {"iterations": 0}, {"segregation_weight": 0.0, "retention_weight": 0.0}],
     "conform": [{"scale": 0.0}, {"iterations": 0, "refinements": 0}],
     "divide-bind": [{"scale": 0.0}, {"iterations": 0, "refinements": 0}],

@@ -18,7 +18,7 @@ from attnctrl.kernels.blocks_triton_key import block_key_value_kernel
 from attnctrl.kernels.blocks_triton_query import block_query_kernel
 from attnctrl.kernels.groups import MAX_GROUPS, pack
 from attnctrl.kernels.groups_autograd import addressable, capability, on_device
-from attnctrl.kernels.launch import AMPERE, Tile, Tiles, kind, padded, tiles_for
+from attnctrl.kernels.launch import AMPERE, HOPPER, Tile, Tiles, kind, padded, tiles_for
 
 
 def block_attention(
@@ -64,6 +64,9 @@ def block_tiles(head_dim: int, dtype: torch.dtype, capability: int, query_block:
     size = max(padded(head_dim), 64)
     if dtype != torch.float32 and kind(capability) == AMPERE and size in AMPERE_KEY_VALUE:
         found = replace(found, key_value=AMPERE_KEY_VALUE[size])
+    if dtype != torch.float32 and kind(capability) == HOPPER and size == 128:
+        # Triton 3.7 spills at the 128 keys of `launch`.
+        found = replace(found, forward=Tile(128, 64, 8, 2))
 
     def fit(tile: Tile) -> Tile:
         return replace(tile, queries=min(tile.queries, query_block), keys=min(tile.keys, key_block))
@@ -76,6 +79,12 @@ def block_tiles(head_dim: int, dtype: torch.dtype, capability: int, query_block:
     if key_value.keys < found.key_value.keys:
         key_value = replace(key_value, queries=min(key_value.queries, 32), warps=4)
     return Tiles(forward, query, key_value)
+
+
+def int8_tile(head_dim: int, dtype: torch.dtype, capability: int, query_block: int, key_block: int) -> Tile:
+    """The forward tile for query and key in 8 bits, whose scales take registers: at most 64 keys and 2 stages."""
+    tile = block_tiles(head_dim, dtype, capability, query_block, key_block).forward
+    return replace(tile, keys=min(tile.keys, 64), stages=min(tile.stages, 2))
 
 
 class _Blocks(torch.autograd.Function):

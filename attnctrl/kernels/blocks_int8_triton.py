@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnctrl.kernels.blocks import SparseBlocks
-from attnctrl.kernels.blocks_autograd import block_tiles, constants, mask_arguments, mask_strides
+from attnctrl.kernels.blocks_autograd import constants, int8_tile, mask_arguments, mask_strides
 from attnctrl.kernels.blocks_int8 import Quantised
 from attnctrl.kernels.blocks_lists import block_lists
 from attnctrl.kernels.blocks_triton import block_forward_kernel
@@ -21,7 +21,7 @@ def kernel(
     output = torch.empty(query.values.shape, dtype=value.dtype, device=value.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=value.device)
     lists, blocks = block_lists(mask), (mask.query_axis.size, mask.key_axis.size)
-    tile = block_tiles(head_dim, value.dtype, capability(value.device), *blocks).forward
+    tile = int8_tile(head_dim, value.dtype, capability(value.device), *blocks)
     with on_device(value.device):
         block_forward_kernel[(batch * heads * lists.rows * (blocks[0] // tile.queries),)](
             *(query.values, key.values, value, output, lse),

@@ -109,7 +109,9 @@ def usage(
     kernel: Any = KERNELS[name]
     if name.startswith(BLOCKS):
         role = "forward" if name == INT8 else name.removeprefix(BLOCKS)
-        tile = tile or getattr(blocks_autograd.block_tiles(head_dim, dtype, architecture, block, block), role)
+        sizes = (head_dim, dtype, architecture, block, block)
+        own = blocks_autograd.int8_tile(*sizes) if name == INT8 else getattr(blocks_autograd.block_tiles(*sizes), role)
+        tile = tile or own
         given, types = blocks_autograd.constants(head_dim, dtype, tile, block, block), BLOCK_TYPES
         if name == INT8:
             types = {**types, "query": "*i8", "key": "*i8"}

@@ -79,3 +79,48 @@ def test_autoencoder_latents_are_white(pipeline):
 def test_unknown_model():
     with pytest.raises(ValueError, match=r"unknown shapes model 'sdxl'; known: .*sd"):
         load("sdxl")
+
+
+def dit(name="dit"):
+    pipeline = load(name)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call(pipeline, prompt, steps=12, seed=0):
+    """A guided picture of the FLUX-class model, (3, 128, 128)."""
+    generator = torch.Generator().manual_seed(seed)
+    given = {"max_sequence_length": 32, "true_cfg_scale": 3.5, "negative_prompt": "", "generator": generator}
+    return pipeline(prompt, num_inference_steps=steps, output_type="pt", **given).images[0]
+
+
+def test_the_flux_class_model_is_a_stock_pipeline_that_follows_a_prompt():
+    from attnctrl.shapes import detect, present
+
+    pipeline = dit()
+    assert type(pipeline).__name__ == "FluxPipeline"
+    asked = [("circle", "red")]
+    image = call(pipeline, prompt_for(asked, "white")[0])
+    assert image.shape == (3, 128, 128)
+    assert present(asked, detect(image)) == 1
+
+
+def test_the_flux_class_model_and_its_lora_are_small():
+    files = [p for p in weights_path("dit").rglob("*") if p.is_file()]
+    lora = [p for p in weights_path("dit+entities").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in lora) <= 2e6
+    assert sum(p.stat().st_size for p in files) - sum(p.stat().st_size for p in lora) <= 12e6
+
+
+def test_the_entity_lora_moves_objects_and_leaves_the_model_as_it_was():
+    from attnctrl import EliGen, Region, control
+    from attnctrl.shapes import detect, in_box
+
+    asked, boxes = [("circle", "red"), ("square", "blue")], [(0.05, 0.05, 0.4, 0.4), (0.58, 0.6, 0.95, 0.95)]
+    prompt, phrases = prompt_for(asked, "white")
+    regions = [Region(phrase, box=box) for phrase, box in zip(phrases, boxes, strict=True)]
+    pipeline = dit("dit+entities")
+    with control(pipeline, EliGen(regions, entity_tokens=8)):
+        assert in_box(asked, boxes, detect(call(pipeline, prompt))) == 1
+    pipeline.disable_lora()
+    assert torch.equal(call(pipeline, prompt, steps=2), call(dit(), prompt, steps=2))
