@@ -1,0 +1,116 @@
+"""The tables of docs/measured.md and README.md, made from the benches' own files in docs/results.
+
+python -m tests.measured_page                        # print them
+python -m tests.measured_page --write                # put them into the pages
+python -m tests.measured_page --merge INTO FILE ...  # rows of files join a result; a newer row replaces its like
+
+A result may take several runs, on several days. They join only where all that their numbers depend on is equal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnctrl.bench.layout import GUIDED_THEN_MASKED
+from tests.families_page import table, written
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, README, RESULTS = DOCS / "measured.md", DOCS.parent / "README.md", DOCS / "results"
+NAMES = {GUIDED_THEN_MASKED: "layout-guidance, then region-mask *", "none": "none", "ideal": "ideal"}
+DECIDES = ("task", "model", "settings")
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+
+def read(name: str) -> Result:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def merged(first: Result, others: Iterable[Result]) -> Result:
+    """`first` with the rows of `others`, in order of first appearance.
+
+    Raises:
+        ValueError: they were measured on different things.
+    """
+    rows = {(row["method"], row["objects"]): row for row in first["rows"]}
+    for other in others:
+        for name in DECIDES:
+            if other[name] != first[name]:
+                raise ValueError(f"{name} differs: {first[name]} and {other[name]}")
+        rows |= {(row["method"], row["objects"]): row for row in other["rows"]}
+    ordered = sorted(rows.values(), key=lambda row: row["objects"])
+    return {**first, "rows": [{k: v for k, v in row.items() if k != "ratio_to_none"} for row in ordered]}
+
+
+def interval(row: Row, metric: str) -> str:
+    found = row["metrics"].get(metric)
+    return "-" if found is None else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def full(result: Result, metrics: Sequence[str]) -> str:
+    """Every row with its intervals."""
+    body = [
+        [f"`{row['method']}`", str(row["objects"]), str(row["images"]), *(interval(row, m) for m in metrics)]
+        for row in result["rows"]
+    ]
+    return table(["method", "objects", "images", *metrics], body)
+
+
+def short(result: Result, metrics: Sequence[str], times: dict[str, float]) -> str:
+    """One row per method, `metrics` with slashes per number of objects, and its time in stock runs."""
+    objects = sorted({row["objects"] for row in result["rows"]})
+    cells = {(row["method"], row["objects"]): row["metrics"] for row in result["rows"]}
+    body = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        by_objects = [cells.get((method, n)) for n in objects]
+        figures = ["-" if c is None else " / ".join(f"{c[m]['value']:.2f}" for m in metrics) for c in by_objects]
+        time = f"{times[method]:.1f}x" if method in times else "-"
+        body.append([NAMES.get(method, f"`{method}`"), *figures, time])
+    return table(["method", *(f"{n} objects" for n in objects), "time"], body)
+
+
+def ratios(result: Result) -> dict[str, float]:
+    """Time of each method in stock runs, of one run of the bench: only there were all measured side by side."""
+    found: dict[str, list[float]] = {}
+    for row in result["rows"]:
+        if row.get("ratio_to_none") is not None:
+            found.setdefault(row["method"], []).append(row["ratio_to_none"])
+    return {method: sum(each) / len(each) for method, each in found.items()}
+
+
+LAYOUT = ("present", "in_box", "iou", "fitted_iou", "bound", "extra", "background")
+
+SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
+    PAGE: {
+        "layout": lambda: full(read("layout"), LAYOUT),
+        "dose": lambda: full(read("dose"), ("present", "in_box", "iou", "bound", "background")),
+    },
+    README: {
+        "layout": lambda: short(read("layout"), ("present", "in_box", "iou"), ratios(read("layout_times"))),
+    },
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments[:1] == ["--merge"]:
+        into, files = Path(arguments[1]), [json.loads(Path(f).read_text(encoding="utf-8")) for f in arguments[2:]]
+        first = json.loads(into.read_text(encoding="utf-8")) if into.exists() else files[0]
+        into.write_text(json.dumps(merged(first, files), indent=1) + "\n", encoding="utf-8")
+        return
+    for path, sections in SECTIONS.items():
+        page = path.read_text(encoding="utf-8")
+        for name, make in sections.items():
+            page = written(page, name, make())
+        if "--write" in arguments:
+            path.write_text(page, encoding="utf-8")
+        else:
+            print(page)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
