@@ -5,6 +5,7 @@ from importlib.metadata import version
 from attnctrl.control import Control, Descent, Loss, Where, Window
 from attnctrl.controls import (
     RAG,
+    AleEdit,
     AStar,
     AttendExcite,
     BundledAttention,
@@ -13,16 +14,23 @@ from attnctrl.controls import (
     DivideBind,
     DynamicPrompt,
     EliGen,
+    FollowSource,
     InitNO,
     InpaintFusion,
     LayoutGuidance,
     LoCo,
+    MutualSelfAttention,
     OptiPrune,
+    PromptToPrompt,
     Refocus,
     RegionalFlux,
     RegionMask,
     RegionPrompts,
+    SourceBlend,
+    SourceGuidance,
+    VirtualInversion,
 )
+from attnctrl.edits import Edit
 from attnctrl.errors import ControlError
 from attnctrl.install import share
 from attnctrl.nouns import find_pairs
@@ -31,8 +39,8 @@ from attnctrl.run import Run, control
 
 __version__ = version("attnctrl")
 __all__ = [
-    "RAG",
     "AStar",
+    "AleEdit",
     "AttendExcite",
     "BundledAttention",
     "Conform",
@@ -42,19 +50,27 @@ __all__ = [
     "Descent",
     "DivideBind",
     "DynamicPrompt",
+    "Edit",
     "EliGen",
+    "FollowSource",
     "InitNO",
     "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
     "Loss",
+    "MutualSelfAttention",
     "OptiPrune",
+    "PromptToPrompt",
+    "RAG",
     "Refocus",
     "Region",
     "RegionMask",
     "RegionPrompts",
     "RegionalFlux",
     "Run",
+    "SourceBlend",
+    "SourceGuidance",
+    "VirtualInversion",
     "Where",
     "Window",
     "control",
