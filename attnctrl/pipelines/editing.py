@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -140,5 +141,6 @@ def _inverted(name: str, job: Job) -> Any:
 
 def _multiple(pipe: Any) -> int:
     """Pictures of this pipeline have sides of whole multiples of so many pixels."""
-    config = pipe.image_processor.config
-    return int(config.get("vae_scale_factor", 8))
+    # FLUX's and QwenImage's image processors count the packing of 2x2 latents, Stable Diffusion 3's its patches not.
+    packed = int(pipe.image_processor.config.get("vae_scale_factor", 8))
+    return math.lcm(packed, int(pipe.vae_scale_factor) * int(getattr(pipe, "patch_size", 1)))

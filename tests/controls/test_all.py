@@ -38,7 +38,7 @@ def pictures(*names: str, reverse: bool = False) -> Any:
     pipe = tiny.sd()
     controls = []
     for name in names:
-        about = subject(REGISTRY[name])
+        (about,) = subject(REGISTRY[name])
         controls.append(busy(name, tuple(reversed(about)) if reverse else about))
     with ac.control(pipe, *controls) as run:
         drawn = tiny.draw(pipe, steps=2)
@@ -165,11 +165,11 @@ def test_parameters_out_of_range_are_refused(name: str) -> None:
         for value in bad:
             sentence = rf"{entry.control.__name__}: {field.name} is .*: (choose one of|it must be in \[)"
             with pytest.raises(ac.ControlError, match=sentence):
-                entry.make(subject(entry), **{field.name: value})
+                entry.make(*subject(entry), **{field.name: value})
             tried += 1
         for value in (low, high):
             if value is not None:
-                entry.make(subject(entry), **{field.name: value})  # the ends of the range belong to it
+                entry.make(*subject(entry), **{field.name: value})  # the ends of the range belong to it
     assert tried > 0
 
 
