@@ -14,7 +14,6 @@ from attnctrl.edits import Edit
 from attnctrl.shapes.captions import prompt_for
 from attnctrl.shapes.layouts import Layout, Split, sample_layout
 from attnctrl.shapes.render import render
-from attnctrl.shapes.score import Asked
 from attnctrl.shapes.world import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Scene
 
 KINDS = ("recolour", "reshape", "replace", "remove", "background", "two")
@@ -89,7 +88,7 @@ def _make(kind: str, index: int, split: Split, seed: int) -> EditTask:
     if kind == "background":
         others = [b for b in BACKGROUNDS if b != background]
         background = others[int(rng.integers(len(others)))]
-        edits.append(Edit(f"{layout.background} background", f"{background} background", 255 - box_mask(layout.boxes)))
+        edits.append(Edit(f"{layout.background} background", f"{background} background", ground_mask(layout)))
     return EditTask(kind, layout, tuple(wanted), background, tuple(edits), order, int(rng.integers(2**31)))
 
 
@@ -107,6 +106,8 @@ def box_mask(boxes: Sequence[tuple[float, float, float, float]]) -> np.ndarray:
     return mask
 
 
-def asked_of(task: EditTask) -> Asked:
-    """What should be in the picture afterwards."""
-    return [w for w in task.wanted if w is not None]
+def ground_mask(layout: Layout) -> np.ndarray:
+    """The pixels where no object stands, (128, 128) bytes, 255 there."""
+    things = tuple(fitted(*thing) for thing in layout.things)
+    whole, bare = render([Scene(things, layout.background), Scene((), layout.background)])
+    return np.where((whole - bare).abs().amax(dim=0).numpy() > 0.02, 0, 255).astype(np.uint8)
