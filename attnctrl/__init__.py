@@ -28,6 +28,8 @@ from attnctrl.controls import (
     RegionPrompts,
     SourceBlend,
     SourceGuidance,
+    TowardNoise,
+    TowardPicture,
     VirtualInversion,
 )
 from attnctrl.edits import Edit
@@ -70,6 +72,8 @@ __all__ = [
     "Run",
     "SourceBlend",
     "SourceGuidance",
+    "TowardNoise",
+    "TowardPicture",
     "VirtualInversion",
     "Where",
     "Window",

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from attnctrl.control import Control
+from attnctrl.controls.editing.controlled_flow import TowardNoise, TowardPicture
 from attnctrl.controls.editing.follow_source import FollowSource
 from attnctrl.controls.editing.source_guidance import SourceGuidance
 from attnctrl.controls.editing.virtual_inversion import VirtualInversion
 from attnctrl.encoding import encode_picture
 from attnctrl.errors import ControlError
 from attnctrl.models import call_arguments
+from attnctrl.run import control
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,35 @@ def edit_friendly(job: Job) -> Start:
     return Start(start, (SourceGuidance(scale=3.5), follow), {"eta": 1.0})
 
 
+class ReversedFlow(FlowMatchEulerDiscreteScheduler):
+    """The Euler steps of a rectified flow from picture to noise."""
+
+    # Pipelines inspect the signature to see which schedules it takes.
+    @wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas: torch.Tensor = self.sigmas.flip(0)
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+
+
+def rf(job: Job) -> Start:
+    """The flow run backwards, led half-way to noise, and forwards, led to the picture: RF inversion (2410.10792)."""
+    forward = job.pipe.scheduler
+    if not isinstance(forward, FlowMatchEulerDiscreteScheduler):
+        raise ControlError(
+            f'inversion "rf" runs a rectified flow backwards, and the scheduler is {type(forward).__name__}: use '
+            '"direct" or "virtual".'
+        )
+    job.pipe.scheduler = ReversedFlow.from_config(forward.config)
+    options = {**job.call, "num_inference_steps": job.steps, "output_type": "latent", "num_images_per_prompt": 1}
+    try:
+        with control(job.pipe, TowardNoise(job.image, seed=job.seed), record=False):
+            ended = job.pipe(**call_arguments(job.pipe, job.prompts[0], 1.0, options)).images
+    finally:
+        job.pipe.scheduler = forward
+    return Start(job.of_every_picture(ended), (TowardPicture(job.image),))
+
+
 def virtual(job: Job) -> Start:
     """Nothing is inverted: the edit keeps its distance to the noised source (InfEdit, FlowEdit)."""
     return Start(None, (VirtualInversion(job.image),))
@@ -134,6 +166,7 @@ INVERSIONS: dict[str, Callable[[Job], Start]] = {
     "negative-prompt": negative_prompt,
     "edit-friendly": edit_friendly,
     "virtual": virtual,
+    "rf": rf,
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from attnctrl.control import Control, Where
 from attnctrl.controls.editing.ale_edit import AleEdit
+from attnctrl.controls.editing.controlled_flow import TowardNoise, TowardPicture
 from attnctrl.controls.editing.follow_source import FollowSource
 from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
 from attnctrl.controls.editing.mutual_self_attention import MutualSelfAttention
@@ -130,6 +131,8 @@ __all__ = [
     "RegionalFlux",
     "SourceBlend",
     "SourceGuidance",
+    "TowardNoise",
+    "TowardPicture",
     "VirtualInversion",
     "method",
 ]

@@ -16,6 +16,8 @@ from attnctrl.shapes.render import render
 from attnctrl.shapes.world import Scene, Thing
 from tests import tiny
 from tests.editing.material import EDIT, SOURCE, picture
+from tests.joint_models import on_joint_models
+from tests.parts import Tiny
 from tests.transformers import FAMILIES
 
 EXACT = ("direct", "edit-friendly", "virtual")
@@ -93,7 +95,22 @@ def test_the_trajectory_runs_from_noise_to_picture_and_leaves_the_scheduler() ->
     assert pipe.scheduler is before
 
 
-def test_flows_take_virtual_inversion_only() -> None:
+@on_joint_models
+def test_rf_inversion_runs_the_flow_backwards(family: Tiny) -> None:
+    pipe = family.make()
+    size = {"height": 32, "width": 32, **family.more}
+    job = Job(ac.share(pipe), picture(), [SOURCE, EDIT], steps=6, call=size)
+    before = job.pipe.scheduler
+    start = inversion("rf")(job)
+    assert job.pipe.scheduler is before
+    assert start.latents is not None
+    assert len(start.latents) == 2
+    assert torch.equal(start.latents[0], start.latents[1])
+    with pytest.raises(ac.ControlError, match='use "direct" or "virtual"'):
+        inversion("rf")(Job(tiny.sd(), picture(), [SOURCE, EDIT]))
+
+
+def test_flows_cannot_take_ddim() -> None:
     job = Job(FAMILIES["flux"].make(), picture(), [SOURCE, EDIT])
     assert inversion("virtual")(job).controls
     with pytest.raises(ac.ControlError, match='draws by rectified flow: use "virtual"'):

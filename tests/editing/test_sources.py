@@ -10,6 +10,7 @@ import torch
 
 import attnctrl as ac
 from attnctrl.controls.editing.virtual_inversion import transferred
+from attnctrl.inversion import ReversedFlow
 from tests import tiny
 from tests.editing.material import EDIT, SOURCE, draw
 from tests.joint_models import on_joint_models
@@ -105,9 +106,38 @@ def test_blending_keeps_what_is_outside() -> None:
 
 @pytest.mark.parametrize(
     "control",
-    [ac.VirtualInversion(), ac.FollowSource(), ac.SourceBlend(), ac.VirtualInversion(clean(), window=ac.Window(1, 1))],
+    [
+        ac.VirtualInversion(),
+        ac.FollowSource(),
+        ac.SourceBlend(),
+        ac.TowardPicture(),
+        ac.TowardPicture(clean(), strength=0.0),
+        ac.TowardNoise(),
+        ac.VirtualInversion(clean(), window=ac.Window(1, 1)),
+    ],
 )
 def test_asked_for_nothing_they_are_idle(control: ac.Control) -> None:
     pipe = tiny.sd()
     assert control.idle
     assert torch.equal(draw(pipe, [SOURCE, EDIT], control), draw(pipe, [SOURCE, EDIT]))
+
+
+@on_joint_models
+def test_flows_led_to_a_picture_or_a_noise(family: Tiny) -> None:
+    """Led all the way, a flow ends in what it was led to, whatever the model says."""
+    pipe = family.make()
+    source = draw_joint(pipe, family, generator=torch.Generator().manual_seed(2))
+    with ac.control(pipe, ac.TowardPicture(source, strength=1.0, window=ac.Window()), record=False):
+        torch.testing.assert_close(draw_joint(pipe, family), source, atol=1e-4, rtol=1e-4)
+    stock = draw_joint(pipe, family)
+    with ac.control(pipe, ac.TowardPicture(source, strength=0.5, window=ac.Window()), record=False):
+        led = draw_joint(pipe, family)
+    assert (led - source).abs().mean() < (stock - source).abs().mean()
+    scheduler, pipe.scheduler = pipe.scheduler, ReversedFlow.from_config(pipe.scheduler.config)
+    wanted = ac.TowardNoise(source, seed=3, strength=1.0)
+    with ac.control(pipe, wanted, record=False) as run:
+        ended = draw_joint(pipe, family)
+    assert run.sampling is not None
+    pictures = run.family.unpacked(ended, run.sampling.latent_grid)
+    torch.testing.assert_close(pictures, wanted.ends_in(pictures), atol=1e-4, rtol=1e-4)
+    pipe.scheduler = scheduler
