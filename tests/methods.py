@@ -44,6 +44,8 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "prompt-to-prompt": [{"cross_until": 0.0, "self_until": 0.0}],
     "mutual-self-attention": [{"from_layer": 1.0}],
     "ale-edit": [],
+    "multi-mask-inpaint": [{"weight": 0.0}],
+    "semantic-protection": [],
 }
 
 CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task != "editing"]

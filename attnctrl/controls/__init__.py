@@ -10,6 +10,7 @@ from attnctrl.controls.editing.ale_edit import AleEdit
 from attnctrl.controls.editing.controlled_flow import TowardNoise, TowardPicture
 from attnctrl.controls.editing.follow_source import FollowSource
 from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
+from attnctrl.controls.editing.multi_mask_inpaint import MultiMaskInpaint
 from attnctrl.controls.editing.mutual_self_attention import MutualSelfAttention
 from attnctrl.controls.editing.prompt_to_prompt import PromptToPrompt
 from attnctrl.controls.editing.source_blend import SourceBlend
@@ -23,6 +24,7 @@ from attnctrl.controls.fidelity.divide_bind import DivideBind
 from attnctrl.controls.fidelity.dynamic_prompt import DynamicPrompt
 from attnctrl.controls.fidelity.init_no import InitNO
 from attnctrl.controls.fidelity.opti_prune import OptiPrune
+from attnctrl.controls.fidelity.semantic_protection import SemanticProtection
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
@@ -89,10 +91,12 @@ REGISTRY = {
         Method("bundled-attention", BundledAttention, "fidelity"),
         Method("dynamic-prompt", DynamicPrompt, "fidelity"),
         Method("opti-prune", OptiPrune, "fidelity"),
+        Method("semantic-protection", SemanticProtection, "fidelity"),
         Method("inpaint-fusion", InpaintFusion, "editing"),
         Method("prompt-to-prompt", PromptToPrompt, "editing"),
         Method("mutual-self-attention", MutualSelfAttention, "editing"),
         Method("ale-edit", AleEdit, "editing"),
+        Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
     )
 }
 
@@ -122,6 +126,7 @@ __all__ = [
     "LayoutGuidance",
     "LoCo",
     "Method",
+    "MultiMaskInpaint",
     "MutualSelfAttention",
     "OptiPrune",
     "PromptToPrompt",
@@ -129,6 +134,7 @@ __all__ = [
     "RegionMask",
     "RegionPrompts",
     "RegionalFlux",
+    "SemanticProtection",
     "SourceBlend",
     "SourceGuidance",
     "TowardNoise",

@@ -106,11 +106,11 @@ class EditPipeline:
         accepted = inspect.signature(type(self.pipe).__call__).parameters
         options = {name: value for name, value in kwargs.items() if name in accepted}
         overrides = {name: value for name, value in kwargs.items() if name not in accepted}
-        subject = {
-            "edits": tuple(placed),
-            "regions": [] if whole is None else [Region(target, mask=canvas.padded_mask(whole))],
-            "source": canvas.padded,
-        }
+        regions = [Region(one.target, mask=one.mask) for one in placed if one.mask is not None and one.target]
+        if whole is not None and len(regions) < len(placed or [target]):
+            regions = [Region(target, mask=canvas.padded_mask(whole))]
+        # The source has none: its prompt does not hold the words of the edits.
+        subject = {"edits": tuple(placed), "regions": [[], regions], "source": canvas.padded}
         controls = make_controls(method, "editing", subject, overrides)
         pipe = share(self.pipe)
         prompts = [source_prompt, target]
