@@ -18,6 +18,7 @@ from PIL import Image
 from attnctrl.control import Control
 from attnctrl.controls.editing.controlled_flow import TowardNoise, TowardPicture
 from attnctrl.controls.editing.follow_source import FollowSource
+from attnctrl.controls.editing.null_text import NullText
 from attnctrl.controls.editing.source_guidance import SourceGuidance
 from attnctrl.controls.editing.virtual_inversion import VirtualInversion
 from attnctrl.encoding import encode_picture
@@ -108,15 +109,21 @@ def negative_prompt(job: Job) -> Start:
     return Start(job.of_every_picture(ddim_trajectory(job)[0]), call={"negative_prompt": negative})
 
 
+def null_text(job: Job) -> Start:
+    """DDIM run backwards, and an unconditional embedding tuned for every step: null-text inversion (2211.09794)."""
+    _use_ddim(job, "null-text")
+    trajectory = ddim_trajectory(job)
+    return Start(job.of_every_picture(trajectory[0]), (NullText(trajectory, _levels(job)),))
+
+
 def edit_friendly(job: Job) -> Start:
     """Independent noisings of the picture, retraced by DDPM: edit-friendly inversion (2304.06140).
 
     The edits begin after 0.36 of the run and the source has guidance 3.5, as published.
     """
     _use_ddim(job, "edit-friendly")
-    scheduler, clean = job.pipe.scheduler, job.clean()
-    scheduler.set_timesteps(job.steps)
-    kept = scheduler.alphas_cumprod[scheduler.timesteps].view(-1, 1, 1, 1, 1)
+    clean = job.clean()
+    kept = _levels(job)[:-1].view(-1, 1, 1, 1, 1)
     generator = torch.Generator().manual_seed(job.seed)
     noise = torch.randn(job.steps, job.images, *clean.shape[1:], generator=generator).to(clean)
     noised = kept.sqrt().to(clean) * clean + (1 - kept).sqrt().to(clean) * noise
@@ -164,6 +171,7 @@ INVERSIONS: dict[str, Callable[[Job], Start]] = {
     "ddim": ddim,
     "direct": direct,
     "negative-prompt": negative_prompt,
+    "null-text": null_text,
     "edit-friendly": edit_friendly,
     "virtual": virtual,
     "rf": rf,
@@ -175,6 +183,13 @@ def inversion(name: str) -> Callable[[Job], Start]:
     if name not in INVERSIONS:
         raise ControlError(f'inversion "{name}" is unknown: choose one of {", ".join(INVERSIONS)}.')
     return INVERSIONS[name]
+
+
+def _levels(job: Job) -> torch.Tensor:
+    """The share of the picture's variance in the latents that each step is given, and in the last one's result."""
+    scheduler = job.pipe.scheduler
+    scheduler.set_timesteps(job.steps)
+    return torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)])
 
 
 def _use_ddim(job: Job, who: str) -> None:

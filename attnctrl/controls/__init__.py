@@ -12,6 +12,7 @@ from attnctrl.controls.editing.follow_source import FollowSource
 from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
 from attnctrl.controls.editing.multi_mask_inpaint import MultiMaskInpaint
 from attnctrl.controls.editing.mutual_self_attention import MutualSelfAttention
+from attnctrl.controls.editing.null_text import NullText
 from attnctrl.controls.editing.prompt_to_prompt import PromptToPrompt
 from attnctrl.controls.editing.source_blend import SourceBlend
 from attnctrl.controls.editing.source_guidance import SourceGuidance
@@ -128,6 +129,7 @@ __all__ = [
     "Method",
     "MultiMaskInpaint",
     "MutualSelfAttention",
+    "NullText",
     "OptiPrune",
     "PromptToPrompt",
     "Refocus",
