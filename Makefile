@@ -5,7 +5,8 @@
 # make clean  everything made here except .venv
 
 PYTHON ?= python3
-PYTEST_FLAGS ?=
+# A file's tests share models, so that they stay together.
+PYTEST_FLAGS ?= -n auto --dist loadfile
 DEMO_FLAGS ?=
 
 SHELL := bash

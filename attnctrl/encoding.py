@@ -24,7 +24,8 @@ def clean_latents(pipe: Any, family: Family, source: Any, like: torch.Tensor, gr
         packed = source.ndim == 3 and source.shape[1] == grid[1] * grid[2]
         latents = family.unpacked(source, grid) if packed else source
     else:
-        latents = _encoded(pipe, source, like)
+        factor = pipe.vae_scale_factor
+        latents = encode_picture(pipe, source, like.shape[-2] * factor, like.shape[-1] * factor)
     if latents.shape[1:] != like.shape[1:] or len(latents) not in (1, len(like)):
         raise ControlError(
             f"the source has latents of shape {tuple(latents.shape)}, this run has {tuple(like.shape)}: give one for "
@@ -33,15 +34,18 @@ def clean_latents(pipe: Any, family: Family, source: Any, like: torch.Tensor, gr
     return latents.to(like.device)
 
 
-def _encoded(pipe: Any, source: Any, like: torch.Tensor) -> torch.Tensor:
-    vae, factor = pipe.vae, pipe.vae_scale_factor
-    pixels = pipe.image_processor.preprocess(source, height=like.shape[-2] * factor, width=like.shape[-1] * factor)
-    pixels = pixels.to(like.device, vae.dtype)
+def encode_picture(pipe: Any, source: Any, height: int, width: int) -> torch.Tensor:
+    """The latents (pictures, channels, rows, columns) of a picture resized to height x width pixels, as a denoiser
+    sees them at the end of a run. Raises ControlError for autoencoders whose scaling we do not know.
+    """
+    vae = pipe.vae
+    pixels = pipe.image_processor.preprocess(source, height=height, width=width)
+    pixels = pixels.to(vae.device, vae.dtype)
     config = vae.config
     with torch.no_grad():
         if "latents_mean" in config and config.latents_mean is not None:
             # A video autoencoder: a picture is one frame.
-            mean, std = (torch.tensor(v, device=like.device)[:, None, None] for v in _statistics(config))
+            mean, std = (torch.tensor(v, device=vae.device)[:, None, None] for v in _statistics(config))
             encoded = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
             return (encoded - mean) / std
         encoded = vae.encode(pixels)

@@ -46,7 +46,7 @@ class Prediction:
 
     uncond is None without classifier-free guidance. combined: what the pipeline made of the two and the scheduler
     would get. again: further predictions. toward: the prediction under which a picture (batch or 1, channels, height,
-    width) of clean latents is what the denoiser sees without its noise.
+    width) of clean latents is what the denoiser sees without its noise. toward_noise: likewise for the noise.
     """
 
     cond: torch.Tensor
@@ -54,6 +54,7 @@ class Prediction:
     combined: torch.Tensor
     again: Again
     toward: Callable[[torch.Tensor], torch.Tensor]
+    toward_noise: Callable[[torch.Tensor], torch.Tensor]
 
     @property
     def scale(self) -> float:

@@ -145,10 +145,9 @@ def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor
     """The prediction that the guide controls want in place of the pipeline's combination."""
     family, grid = sampler.family, sampler.sampling.latent_grid
 
-    def toward(clean: torch.Tensor) -> torch.Tensor:
+    def drawn() -> torch.Tensor:
         args, kwargs = sampler.asked["cond"]
-        drawn = family.unpacked(family.latents(family.sample(args, kwargs), grid), grid)
-        return sampler.schedule.prediction(clean, drawn, step)
+        return family.unpacked(family.latents(family.sample(args, kwargs), grid), grid)
 
     uncond = sampler.predicted.get("uncond")
     prediction = Prediction(
@@ -156,7 +155,8 @@ def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor
         None if uncond is None else _seen(family, uncond, grid),
         family.unpacked(combined, grid),
         partial(_again, sampler),
-        toward,
+        lambda clean: sampler.schedule.prediction(clean, drawn(), step),
+        lambda noise: sampler.schedule.prediction_of_noise(noise, drawn(), step),
     )
     for one in sampler.active_at("guide", step):
         with sampler.sampling.report.timed(one.index, one.control.name, "guide", step.index):

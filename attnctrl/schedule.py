@@ -48,19 +48,46 @@ class Schedule:
         sample = sqrt(1 - s^2) clean + s noise else, it is noise - clean for the one, and for the other whichever of
         noise, velocity and picture the scheduler's `prediction_type` names.
         """
-        scheduler, config = self.scheduler, self.scheduler.config
         clean, sample = clean.float(), sample.float()
-        sigmas = getattr(scheduler, "sigmas", None)
+        if self.flow:
+            return (sample - clean) / self._sigma(step)
+        kept = self._kept(step)
+        return self._of(clean, (sample - kept**0.5 * clean) / (1 - kept) ** 0.5, kept)
+
+    def prediction_of_noise(self, noise: torch.Tensor, sample: torch.Tensor, step: Step) -> torch.Tensor:
+        """What a denoiser would predict that took `noise` for the noise in its input `sample`; else as `prediction`."""
+        noise, sample = noise.float(), sample.float()
+        if self.flow:
+            return (noise - sample) / (1 - self._sigma(step))
+        kept = self._kept(step)
+        return self._of((sample - (1 - kept) ** 0.5 * noise) / kept**0.5, noise, kept)
+
+    @property
+    def flow(self) -> bool:
+        """Whether the model draws by rectified flow."""
+        config = self.scheduler.config
         kind = config.get("prediction_type", "flow_prediction")
-        if kind == "flow_prediction" or config.get("use_flow_sigmas", False):
-            return (sample - clean) / (step.noise if sigmas is None else float(sigmas[step.index]))
-        if kind == "sample":
-            return clean
+        return kind == "flow_prediction" or bool(config.get("use_flow_sigmas", False))
+
+    def _sigma(self, step: Step) -> float:
+        """The share of noise under rectified flow."""
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        return step.noise if sigmas is None else float(sigmas[step.index])
+
+    def _kept(self, step: Step) -> float:
+        """The share of the picture's variance that is left."""
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        if sigmas is None:
+            return float(self.scheduler.alphas_cumprod[int(step.timestep)])
         # sigma^2 counts noise against a picture of weight 1; the denoiser's input has unit variance.
-        variance = float(sigmas[step.index]) ** 2 if sigmas is not None else None
-        kept = float(scheduler.alphas_cumprod[int(step.timestep)]) if variance is None else 1 / (1 + variance)
-        noise = (sample - kept**0.5 * clean) / (1 - kept) ** 0.5
-        return noise if kind == "epsilon" else kept**0.5 * noise - (1 - kept) ** 0.5 * clean
+        return 1 / (1 + float(sigmas[step.index]) ** 2)
+
+    def _of(self, clean: torch.Tensor, noise: torch.Tensor, kept: float) -> torch.Tensor:
+        """Both as the scheduler's kind of prediction."""
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        return clean if kind == "sample" else kept**0.5 * noise - (1 - kept) ** 0.5 * clean
 
     @property
     def start_scale(self) -> float:

@@ -89,15 +89,17 @@ class Step:
 class Stream:
     """Another context that the queries attend to: its own softmax, merged by weight.
 
-    key, value: (batch, heads, keys, head_dim). weight: (batch, 1, queries, 1), in [0, 1]. groups: which of these keys
-    each query sees, None for all, for a second look at the layer's own keys: what the model itself hides is hidden
-    there too, and the masks of controls speak of the first look.
+    key, value: (batch, heads, keys, head_dim). weight: (batch, 1, queries, 1), in [0, 1]. mask: which of these keys
+    each query sees, None for all; the masks of controls speak of the first look. With token groups, for a second look
+    at the layer's own keys, what the model itself hides is hidden there too; a tensor, boolean or additive and
+    broadcastable to (batch, heads, queries, keys), says everything. query: who looks, the call's own query if None.
     """
 
     key: torch.Tensor
     value: torch.Tensor
-    weight: torch.Tensor
-    groups: TokenGroups | None = None
+    weight: torch.Tensor | float
+    mask: TokenGroups | torch.Tensor | None = None
+    query: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

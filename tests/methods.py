@@ -8,6 +8,7 @@ import torch
 
 import attnctrl as ac
 from attnctrl.controls import REGISTRY, Method
+from attnctrl.edits import Edit
 from attnctrl.prompt import Reader
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Site, Step
@@ -40,6 +41,11 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     ],
     "opti-prune": [{"rounds": 0, "ratio": 0.0}, {"iterations": 0, "patch": 1}],
     "inpaint-fusion": [],
+    "prompt-to-prompt": [{"cross_until": 0.0, "self_until": 0.0}],
+    "mutual-self-attention": [{"from_layer": 1.0}],
+    "ale-edit": [],
+    "multi-mask-inpaint": [{"weight": 0.0}],
+    "semantic-protection": [],
 }
 
 CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task != "editing"]
@@ -57,11 +63,11 @@ LIVELY: dict[str, dict[str, Any]] = {"dynamic-prompt": {"scale": 1000.0}}
 """An untrained model hardly minds its text, so that its embeddings need large steps."""
 
 
-def subject(method: Method) -> Any:
-    """What the method is about: the regions, or the phrases of the regions."""
-    if "regions" in method.control.__dataclass_fields__:
-        return REGIONS
-    return tuple(region.phrase for region in REGIONS)
+def subject(method: Method) -> tuple[Any, ...]:
+    """What the method is about, as arguments: the regions, or the phrases of the regions, or nothing."""
+    about = {"regions": REGIONS, "phrases": tuple(region.phrase for region in REGIONS)}
+    about["edits"] = tuple(Edit(phrase, "red") for phrase in about["phrases"])
+    return tuple(about[name] for name in about if name in method.settings)[:1]
 
 
 def busy(name: str, about: Any = None, **params: Any) -> ac.Control:
@@ -70,7 +76,7 @@ def busy(name: str, about: Any = None, **params: Any) -> ac.Control:
     usual: dict[str, Any] = {"window": ac.Window(0.0, 1.0)}
     usual |= {name: 2 for name in ("iterations", "refinements", "rounds") if name in entry.params}
     usual |= BINDING.get(name, {}) | LIVELY.get(name, {})
-    return entry.make(subject(entry) if about is None else about, **usual | params)
+    return entry.make(*(subject(entry) if about is None else (about,)), **usual | params)
 
 
 def idle_forms() -> dict[str, ac.Control]:
@@ -79,8 +85,10 @@ def idle_forms() -> dict[str, ac.Control]:
     for name, method in REGISTRY.items():
         for params in WEIGHTLESS[name]:
             forms[f"{name}-{'-'.join(params)}"] = busy(name, **params)
-        forms[f"{name}-no-subject"] = method.make(())
-        forms[f"{name}-no-subject-per-prompt"] = method.make(((),))
+        if subject(method):
+            forms[f"{name}-no-subject"] = method.make(())
+        if subject(method) and "edits" not in method.settings:
+            forms[f"{name}-no-subject-per-prompt"] = method.make(((),))
         if "pairs" in method.control.__dataclass_fields__:
             forms[f"{name}-no-pairs"] = busy(name, pairs=())
         forms[f"{name}-empty-window"] = busy(name, window=ac.Window(0.5, 0.5))

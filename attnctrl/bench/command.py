@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnctrl.bench import dose, fidelity, kernels, layout, overhead
+from attnctrl.bench import dose, edit, fidelity, kernels, layout, overhead
 from attnctrl.bench.compare import compare
 from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
@@ -21,7 +21,7 @@ from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
-BENCHES = (*COMPARISONS, "overhead", "kernels")
+BENCHES = (*COMPARISONS, "edit", "overhead", "kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="A,B{PARAM=VALUE},C+D",
         help='comma-separated; "none" is the stock pipeline, "ideal" the best score there is; parameters as in '
-        '"loco{scale=30|60;iterations=3}"',
+        '"loco{scale=30|60;iterations=3}"; for edit with @INVERSION and, where the mask is given, :mask',
     )
     parser.add_argument("--split", choices=("tune", "test"), help="which prompts (dose: tune; else: test)")
     parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead: 10)")
@@ -61,10 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `args.bench` and print its table. Returns 0; 1 when a method failed; 2 when the request makes no sense."""
     try:
-        if args.bench == "kernels":
-            results = _kernels(args)
-        else:
-            results = _overhead(args) if args.bench == "overhead" else _comparison(args, COMPARISONS[args.bench])
+        others = {"kernels": _kernels, "overhead": _overhead, "edit": _edit}
+        run = others.get(args.bench)
+        results = _comparison(args, COMPARISONS[args.bench]) if run is None else run(args)
     except ControlError as error:
         print(f"attnctrl bench: {error}", file=sys.stderr)
         return 2
@@ -81,6 +80,19 @@ def _comparison(args: argparse.Namespace, bench: ModuleType) -> Results:
         results.resume()
     compare(pipe, specs, args.objects or bench.OBJECTS, images, settings, results, bench.BOXES)
     print(results_table(results, bench.TABLE))
+    return results
+
+
+def _edit(args: argparse.Namespace) -> Results:
+    images = args.images or (edit.QUICK_IMAGES if args.quick else edit.IMAGES)
+    settings = _settings(args, steps=25, batch=1)
+    ways = edit.parse_ways(args.methods or edit.METHODS)
+    pipe = _load(args)
+    results = _results(args, settings, images=images, weights=fingerprint(pipe))
+    if args.resume:
+        results.resume()
+    edit.measure(pipe, ways, images, settings, results)
+    print(results_table(results, edit.TABLE))
     return results
 
 

@@ -62,11 +62,15 @@ def parse_methods(text: str) -> list[Spec]:
     Raises:
         ControlError: a name, a parameter or a value is not one of the method's.
     """
-    items = [item.strip() for item in re.split(r",(?![^{]*\})", text)]
-    specs = [spec for item in items if item for spec in _expand(item)]
+    specs = [spec for item in split_list(text) for spec in _expand(item)]
     if not specs:
         raise ControlError(f'"{text}" names no method.')
     return list({spec.label: spec for spec in specs}.values())
+
+
+def split_list(text: str) -> list[str]:
+    """The items of a list with commas, of which those inside braces are not the list's."""
+    return [item for part in re.split(r",(?![^{]*\})", text) if (item := part.strip())]
 
 
 def _expand(text: str) -> list[Spec]:

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from attnctrl.regions import Region
-from attnctrl.shapes.layouts import Layout, Split, sample_layout
+from attnctrl.shapes.layouts import Box, Layout, Split, sample_layout
 from attnctrl.shapes.render import render
 from attnctrl.shapes.world import HALF_EXTENT, HELD_OUT, HeldOut, Scene, Thing
 
@@ -35,12 +35,8 @@ class Task:
     @cached_property
     def ideal(self) -> np.ndarray:
         """What was asked, drawn exactly: the largest undistorted shapes in their boxes, (128, 128, 3) in 0..1."""
-        things = []
-        for shape, colour, (x0, y0, x1, y1) in self.layout.things:
-            half_w, half_h = HALF_EXTENT[shape]
-            r = min((x1 - x0) / half_w, (y1 - y0) / half_h) / 2
-            things.append(Thing(shape, colour, (x0 + x1) / 2, (y0 + y1) / 2, r))
-        return render([Scene(tuple(things), self.layout.background)])[0].permute(1, 2, 0).numpy()
+        things = tuple(fitted(*thing) for thing in self.layout.things)
+        return render([Scene(things, self.layout.background)])[0].permute(1, 2, 0).numpy()
 
     @property
     def held_out(self) -> bool:
@@ -51,6 +47,14 @@ class Task:
     def nouns(self) -> list[str]:
         """The objects without their colours: what the fidelity methods are to make appear."""
         return [shape for shape, _ in self.layout.asked]
+
+
+def fitted(shape: str, colour: str, box: Box) -> Thing:
+    """The largest undistorted shape in its box."""
+    x0, y0, x1, y1 = box
+    half_w, half_h = HALF_EXTENT[shape]
+    r = min((x1 - x0) / half_w, (y1 - y0) / half_h) / 2
+    return Thing(shape, colour, (x0 + x1) / 2, (y0 + y1) / 2, r)
 
 
 def make_tasks(objects: int, images: int, split: Split = "test", seed: int = 0) -> list[Task]:

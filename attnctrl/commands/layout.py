@@ -16,7 +16,7 @@ from attnctrl.errors import ControlError
 from attnctrl.models import SHIPPED, call_arguments
 from attnctrl.pictures import sheet, with_regions
 from attnctrl.pipelines import LayoutPipeline
-from attnctrl.pipelines.layout import make_controls
+from attnctrl.pipelines.methods import make_controls
 from attnctrl.regions import Region
 
 
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
                 raise FileExistsError(f"{path} exists: choose another --out or pass --force.")
     regions = parse_regions(args.region, args.mask)
     # Before the model is loaded, which may take long.
-    controls = make_controls(args.method.split("+"), regions, parse_settings(args.set, "--set"))
+    controls = make_controls(args.method.split("+"), "layout", {"regions": regions}, parse_settings(args.set, "--set"))
     call = parse_settings(args.call, "--call")
     layout = LayoutPipeline.from_pretrained(args.model, device=args.device)
     guidance = 3.5 if args.guidance is None and args.model.startswith(SHIPPED) else args.guidance

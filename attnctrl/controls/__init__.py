@@ -6,7 +6,17 @@ from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from attnctrl.control import Control, Where
+from attnctrl.controls.editing.ale_edit import AleEdit
+from attnctrl.controls.editing.controlled_flow import TowardNoise, TowardPicture
+from attnctrl.controls.editing.follow_source import FollowSource
 from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
+from attnctrl.controls.editing.multi_mask_inpaint import MultiMaskInpaint
+from attnctrl.controls.editing.mutual_self_attention import MutualSelfAttention
+from attnctrl.controls.editing.null_text import NullText
+from attnctrl.controls.editing.prompt_to_prompt import PromptToPrompt
+from attnctrl.controls.editing.source_blend import SourceBlend
+from attnctrl.controls.editing.source_guidance import SourceGuidance
+from attnctrl.controls.editing.virtual_inversion import VirtualInversion
 from attnctrl.controls.fidelity.a_star import AStar
 from attnctrl.controls.fidelity.attend_excite import AttendExcite
 from attnctrl.controls.fidelity.bundled_attention import BundledAttention
@@ -15,6 +25,7 @@ from attnctrl.controls.fidelity.divide_bind import DivideBind
 from attnctrl.controls.fidelity.dynamic_prompt import DynamicPrompt
 from attnctrl.controls.fidelity.init_no import InitNO
 from attnctrl.controls.fidelity.opti_prune import OptiPrune
+from attnctrl.controls.fidelity.semantic_protection import SemanticProtection
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
@@ -41,6 +52,11 @@ class Method:
         return {f.name: f for f in fields(self.control) if "help" in f.metadata}
 
     @property
+    def settings(self) -> tuple[str, ...]:
+        """Everything that can be set, the subject included, by name."""
+        return tuple(f.name for f in fields(self.control))
+
+    @property
     def where(self) -> Where:
         """The sites that the method acts on by default."""
         default: Any = self.control.__dataclass_fields__["where"].default
@@ -48,8 +64,7 @@ class Method:
 
     def make(self, *args: Any, **params: Any) -> Control:
         """The control. Raises ControlError for parameters that the method does not have."""
-        known = {f.name for f in fields(self.control)}
-        unknown = [name for name in params if name not in known]
+        unknown = [name for name in params if name not in self.settings]
         if unknown:
             raise ControlError(
                 f'method "{self.name}" has no parameter "{unknown[0]}": it has {", ".join(self.params)}, window, where.'
@@ -77,7 +92,12 @@ REGISTRY = {
         Method("bundled-attention", BundledAttention, "fidelity"),
         Method("dynamic-prompt", DynamicPrompt, "fidelity"),
         Method("opti-prune", OptiPrune, "fidelity"),
+        Method("semantic-protection", SemanticProtection, "fidelity"),
         Method("inpaint-fusion", InpaintFusion, "editing"),
+        Method("prompt-to-prompt", PromptToPrompt, "editing"),
+        Method("mutual-self-attention", MutualSelfAttention, "editing"),
+        Method("ale-edit", AleEdit, "editing"),
+        Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
     )
 }
 
@@ -93,6 +113,7 @@ __all__ = [
     "RAG",
     "REGISTRY",
     "AStar",
+    "AleEdit",
     "AttendExcite",
     "BundledAttention",
     "Conform",
@@ -100,15 +121,26 @@ __all__ = [
     "DivideBind",
     "DynamicPrompt",
     "EliGen",
+    "FollowSource",
     "InitNO",
     "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
     "Method",
+    "MultiMaskInpaint",
+    "MutualSelfAttention",
+    "NullText",
     "OptiPrune",
+    "PromptToPrompt",
     "Refocus",
     "RegionMask",
     "RegionPrompts",
     "RegionalFlux",
+    "SemanticProtection",
+    "SourceBlend",
+    "SourceGuidance",
+    "TowardNoise",
+    "TowardPicture",
+    "VirtualInversion",
     "method",
 ]

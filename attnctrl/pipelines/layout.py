@@ -10,10 +10,10 @@ from typing import Any
 from PIL import Image
 
 from attnctrl.control import Control
-from attnctrl.controls import REGISTRY, Method, method
-from attnctrl.errors import ControlError
+from attnctrl.controls import REGISTRY
 from attnctrl.layout import Regions
 from attnctrl.models import call_arguments, load_pipeline
+from attnctrl.pipelines.methods import make_controls
 from attnctrl.processors import attention_kinds
 from attnctrl.run import Run, control
 
@@ -75,45 +75,7 @@ class LayoutPipeline:
         accepted = inspect.signature(type(self.pipe).__call__).parameters
         options = {name: value for name, value in kwargs.items() if name in accepted}
         overrides = {name: value for name, value in kwargs.items() if name not in accepted}
-        controls = make_controls(method, regions, overrides)
+        controls = make_controls(method, "layout", {"regions": regions}, overrides)
         with control(self.pipe, *controls, record=record) as run:
             output = self.pipe(**call_arguments(self.pipe, prompt, guidance, options))
         return LayoutResult(output, run)
-
-
-def make_controls(
-    methods: str | Control | Sequence[str | Control], regions: Regions, overrides: dict[str, Any]
-) -> list[Control]:
-    """The controls that `methods` names, each with its share of `overrides`.
-
-    With several methods a parameter must belong to exactly one of them. Raises ControlError otherwise.
-    """
-    given = [methods] if isinstance(methods, str | Control) else list(methods)
-    named = [_layout_method(m) for m in given if isinstance(m, str) and m != "none"]
-    for parameter in overrides:
-        owners = [m.name for m in named if parameter in m.params or parameter in ("window", "where")]
-        if len(owners) > 1:
-            raise ControlError(
-                f'parameter "{parameter}" belongs to {" and ".join(owners)}: make the controls yourself and pass them '
-                "as method=[...]."
-            )
-        if not owners:
-            names = ", ".join(m.name for m in named) or "no method"
-            known = ", ".join(sorted({p for m in named for p in m.params})) or "none"
-            raise ControlError(f'"{parameter}" is no parameter of {names} nor of the pipeline: known are {known}.')
-    made: list[Control] = []
-    for item in given:
-        if isinstance(item, Control):
-            made.append(item)
-        elif item != "none":
-            chosen = _layout_method(item)
-            own = {k: v for k, v in overrides.items() if k in chosen.params or k in ("window", "where")}
-            made.append(chosen.make(regions, **own))
-    return made
-
-
-def _layout_method(name: str) -> Method:
-    found = method(name)
-    if found.task != "layout":
-        raise ControlError(f'method "{name}" takes no regions: it belongs to the task {found.task}.')
-    return found

@@ -174,7 +174,8 @@ def _merge_streams(call: Call, result: torch.Tensor) -> torch.Tensor:
     """The weighted sum of the layer's own attention and that of each further context."""
     merged = result * call.base_weight
     for stream in call.streams:
-        mask = None if stream.groups is None else _grouped(stream.groups, call.mask, call)
-        looked = masked_attention(call.query, stream.key, stream.value, mask, call.scale)
+        mask = _grouped(stream.mask, call.mask, call) if isinstance(stream.mask, TokenGroups) else stream.mask
+        query = call.query if stream.query is None else stream.query
+        looked = masked_attention(query, stream.key, stream.value, mask, call.scale)
         merged = merged + stream.weight * looked
     return merged.to(result.dtype)

@@ -38,7 +38,7 @@ def pictures(*names: str, reverse: bool = False) -> Any:
     pipe = tiny.sd()
     controls = []
     for name in names:
-        about = subject(REGISTRY[name])
+        (about,) = subject(REGISTRY[name])
         controls.append(busy(name, tuple(reversed(about)) if reverse else about))
     with ac.control(pipe, *controls) as run:
         drawn = tiny.draw(pipe, steps=2)
@@ -119,7 +119,11 @@ def test_a_loss_on_words_moves_those_of_the_conditional_half_alone(name: str) ->
     assert changed.nonzero().flatten().tolist() == [2, 5]  # cat and dog
 
 
-@pytest.mark.parametrize("name", sorted(set(CLASSIC) - set(ATTENTION) - set(WORDS)))
+MOVING = [n for n in CLASSIC if n not in (*ATTENTION, *WORDS) and "mask" not in REGISTRY[n].make(()).points()]
+"""Of the others, those that mask only read the noise."""
+
+
+@pytest.mark.parametrize("name", MOVING)
 def test_a_loss_moves_both_halves_by_the_same(name: str) -> None:
     """Both branches of guidance must see the same latents."""
     pipe = tiny.sd()
@@ -165,11 +169,11 @@ def test_parameters_out_of_range_are_refused(name: str) -> None:
         for value in bad:
             sentence = rf"{entry.control.__name__}: {field.name} is .*: (choose one of|it must be in \[)"
             with pytest.raises(ac.ControlError, match=sentence):
-                entry.make(subject(entry), **{field.name: value})
+                entry.make(*subject(entry), **{field.name: value})
             tried += 1
         for value in (low, high):
             if value is not None:
-                entry.make(subject(entry), **{field.name: value})  # the ends of the range belong to it
+                entry.make(*subject(entry), **{field.name: value})  # the ends of the range belong to it
     assert tried > 0
 
 

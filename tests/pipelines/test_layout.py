@@ -106,7 +106,7 @@ def test_a_batch_takes_regions_for_each_prompt() -> None:
     ("method", "overrides", "sentence"),
     [
         ("locco", {}, r'method "locco" is unknown: choose one of region-mask'),
-        ("a-star", {}, r'method "a-star" takes no regions: it belongs to the task fidelity'),
+        ("a-star", {}, r'method "a-star" belongs to the task fidelity, not to layout'),
         ("loco", {"boost": 1.0}, r'"boost" is no parameter of loco nor of the pipeline: known are alpha'),
         ("none", {"boost": 1.0}, r'"boost" is no parameter of no method nor of the pipeline: known are none'),
         (

@@ -1,0 +1,154 @@
+"""`bench edit`: given pictures edited by every method, inversion and mask; what changed, and what did not."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from attnctrl.bench.draw import Settings, precision
+from attnctrl.bench.edit_score import score_edit
+from attnctrl.bench.edit_tasks import KINDS, EditTask, make_edits
+from attnctrl.bench.methods import NONE, Spec, parse_methods, split_list
+from attnctrl.bench.results import Results, Row
+from attnctrl.bench.stats import mean_interval
+from attnctrl.errors import ControlError
+from attnctrl.inversion import INVERSIONS, inversion
+from attnctrl.models import call_arguments
+from attnctrl.pipelines.editing import EditPipeline
+
+TABLE = ("edited", "kept", "background_psnr", "max_error", "leak_in", "leak_out")
+IMAGES, QUICK_IMAGES = 20, 2
+FLOORS = ("regenerate", "img2img", "inpaint:mask")
+"""The edited prompt drawn from the same seed; from the noised picture; and the same with the mask."""
+STRENGTH = 0.7
+METHODS = (
+    "regenerate,img2img,inpaint:mask,none@direct,none@edit-friendly,none@virtual,prompt-to-prompt@ddim,"
+    "prompt-to-prompt@negative-prompt,prompt-to-prompt@direct,prompt-to-prompt@edit-friendly,prompt-to-prompt@virtual,"
+    "mutual-self-attention@direct,mutual-self-attention@edit-friendly,prompt-to-prompt@virtual:mask,"
+    "prompt-to-prompt@edit-friendly:mask,ale-edit@virtual:mask"
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row: how pictures are edited. inversion: None for the floors, which have no source branch."""
+
+    label: str
+    spec: Spec | None
+    inversion: str | None
+    masked: bool
+
+
+def parse_ways(text: str) -> list[Way]:
+    """The rows of a comma-separated list: a floor, or methods as `bench layout` writes them, @INVERSION, and :mask.
+
+    Raises ControlError for names that are not known.
+    """
+    ways = []
+    for item in split_list(text):
+        if item in FLOORS:
+            ways.append(Way(item, None, None, item.endswith(":mask")))
+            continue
+        rest, colon, mask = item.rpartition(":")
+        named = rest if colon and mask == "mask" else item
+        methods, at, name = named.rpartition("@")
+        if not at:
+            known = ", ".join(INVERSIONS)
+            raise ControlError(f'"{item}" names no inversion: write method@inversion, with one of {known}.')
+        inversion(name)
+        for spec in parse_methods(methods):
+            masked = named != item
+            ways.append(Way(f"{spec.label}@{name}{':mask' if masked else ''}", spec, name, masked))
+    return ways
+
+
+def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image:
+    """One edited picture. Raises ControlError where the method cannot make this edit."""
+    if way.spec is None:
+        return _floor(pipe, task, way, settings)
+    edits = task.edits if way.masked else tuple(replace(one, mask=None) for one in task.edits)
+    controls = [part.method.make(**_given(part.method, edits), **part.params) for part in way.spec.parts]
+    assert way.inversion is not None
+    result = EditPipeline(pipe)(
+        task.picture,
+        task.layout.prompt,
+        task.target_prompt,
+        edits=edits,
+        method=controls or NONE,
+        inversion=way.inversion,
+        num_inference_steps=settings.steps,
+        guidance=settings.guidance,
+        seed=task.seed,
+        record=False,
+        **settings.call,
+    )
+    return result.images[0]
+
+
+def _given(method: Any, edits: Sequence[Any]) -> dict[str, Any]:
+    return {"edits": edits} if "edits" in method.settings else {}
+
+
+def _floor(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image:
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+    given: dict[str, Any] = {
+        "num_inference_steps": settings.steps,
+        "generator": torch.Generator().manual_seed(task.seed),
+    }
+    if way.label == "regenerate":
+        return pipe(**call_arguments(pipe, task.target_prompt, settings.guidance, given)).images[0]
+    maker = AutoPipelineForInpainting if way.masked else AutoPipelineForImage2Image
+    other = maker.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    given |= {"image": task.picture, "strength": 1.0 if way.masked else STRENGTH}
+    if way.masked:
+        given["mask_image"] = Image.fromarray(task.mask)
+    return other(**call_arguments(other, task.target_prompt, settings.guidance, given)).images[0]
+
+
+def measure(
+    pipe: Any, ways: Sequence[Way], images: int, settings: Settings, results: Results, kinds: Sequence[str] = KINDS
+) -> None:
+    """Add a row for each way that `results` does not hold yet; kinds that a method refuses are said in the row."""
+    missing = [way for way in ways if results.find(way.label, 0) is None]
+    tasks = {kind: make_edits(kind, images, settings.split, settings.seed) for kind in kinds}
+    with tqdm(total=images * len(kinds) * len(missing), unit="img", smoothing=0.1) as bar:
+        for way in missing:
+            bar.set_description(way.label)
+            results.add(_row(pipe, way, tasks, settings, bar))
+
+
+def _row(pipe: Any, way: Way, tasks: dict[str, list[EditTask]], settings: Settings, bar: tqdm) -> Row:
+    scores: dict[str, list[dict[str, float]]] = {}
+    seconds: list[float] = []
+    refused: dict[str, str] = {}
+    for kind, chosen in tasks.items():
+        for task in chosen:
+            start = time.perf_counter()
+            try:
+                with precision(pipe.device, settings.dtype):
+                    picture = edit(pipe, task, way, settings)
+            except ControlError as error:
+                refused[kind] = str(error)
+                break
+            seconds.append(time.perf_counter() - start)
+            scores.setdefault(kind, []).append(score_edit(task, np.asarray(picture, dtype=np.float64) / 255))
+            bar.update()
+    if not scores:
+        return Row(way.label, 0, 0, error=next(iter(refused.values())))
+    every = [s for found in scores.values() for s in found]
+    names = dict.fromkeys(name for s in every for name in s)
+    metrics = {name: mean_interval([s[name] for s in every if name in s]) for name in names}
+    for kind, found in scores.items():
+        metrics |= {f"{name}_{kind}": mean_interval([s[name] for s in found]) for name in ("edited", "kept")}
+    more = {"refused": refused} if refused else {}
+    return Row(way.label, 0, len(every), metrics, statistics.median(seconds), more=more)

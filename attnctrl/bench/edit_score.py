@@ -1,0 +1,94 @@
+"""How well a picture was edited: what should change has, and nothing else. Pure functions of pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attnctrl.bench.edit_tasks import SIDE, EditTask
+from attnctrl.shapes.detect import Detection, Found, detect
+from attnctrl.shapes.score import contains
+from attnctrl.shapes.world import PALETTE
+
+NEAR = 0.06
+"""How far, in sides of the picture, the centre of an object that stays may move."""
+MARGIN = 6
+"""Pixels around what may change that are not counted as background: the edge that is blended."""
+
+
+def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
+    """Of two pictures (h, w, 3) in 0..1 over the pixels of a bool (h, w) mask; 60 at most, for equal ones."""
+    error = float(np.square(a[where] - b[where]).mean())
+    return 60.0 if error < 1e-6 else -10 * float(np.log10(error))
+
+
+def standing(found: Detection, shape: str, colour: str, box: tuple[float, float, float, float]) -> Found | None:
+    """The object of this shape and colour whose centre lies in the box."""
+    alike = (o for o in found.objects if (o.shape, o.colour) == (shape, colour))
+    return next((o for o in alike if contains(box, o.centre)), None)
+
+
+def edited_share(task: EditTask, found: Detection) -> float:
+    """Share of the edits that came out: the new object in the old one's box, nothing there, or the background."""
+    if task.kind == "background":
+        return float(found.background == task.background)
+    done = []
+    for i in task.changed:
+        box, wanted = task.layout.boxes[i], task.wanted[i]
+        if wanted is None:
+            done.append(not any(contains(box, o.centre) for o in found.objects))
+        else:
+            done.append(standing(found, *wanted, box) is not None)
+    return sum(done) / len(done)
+
+
+def kept_share(task: EditTask, found: Detection) -> float:
+    """Share of what was to stay that did: objects with shape, colour and place, and the background."""
+    stays = [i for i in range(len(task.wanted)) if i not in task.changed]
+    kept = []
+    for i in stays:
+        shape, colour, (x0, y0, x1, y1) = task.layout.things[i]
+        one = standing(found, shape, colour, (x0, y0, x1, y1))
+        apart = None if one is None else np.hypot(one.centre[0] - (x0 + x1) / 2, one.centre[1] - (y0 + y1) / 2)
+        kept.append(apart is not None and bool(apart <= NEAR))
+    if task.kind != "background":
+        kept.append(found.background == task.layout.background)
+    return sum(kept) / len(kept) if kept else 1.0
+
+
+def toward(pixels: np.ndarray, before: np.ndarray, colour: str, where: np.ndarray) -> float:
+    """Share of the pixels of a mask that came nearer to a colour by more than 0.15 in RGB distance."""
+    hue = np.array(PALETTE[colour])
+    nearer = np.linalg.norm(before - hue, axis=-1) - np.linalg.norm(pixels - hue, axis=-1)
+    return float((nearer[where] > 0.15).mean()) if where.any() else 0.0
+
+
+def score_edit(task: EditTask, picture: np.ndarray) -> dict[str, float]:
+    """Every measure of one edited picture (128, 128, 3) in 0..1.
+
+    edited, kept: see above. background_psnr, max_error: against the given picture, MARGIN pixels away from all that may
+    change. leak_out: share of these pixels that came nearer to a new colour (after TELS of ALE-Bench); leak_in: the
+    same inside every edit's mask for the colours of the other edits (after TILS), 0 for a single edit.
+    """
+    found, before = detect(picture), np.asarray(task.picture, dtype=np.float64) / 255
+    outside = ~grown(task.mask > 0, MARGIN)
+    scores = {
+        "edited": edited_share(task, found),
+        "kept": kept_share(task, found),
+        "background_psnr": psnr(picture, before, outside),
+        "max_error": float(np.abs(picture - before)[outside].max()),
+    }
+    colours = {i: w[1] for i in task.changed if (w := task.wanted[i]) is not None}
+    if colours:
+        scores["leak_out"] = float(np.mean([toward(picture, before, c, outside) for c in colours.values()]))
+        pairs = [(i, c) for i in colours for j, c in colours.items() if i != j]
+        masks = {i: edit.mask > 0 for i, edit in zip(task.order, task.edits, strict=True)}
+        leaks = [toward(picture, before, c, masks[i]) for i, c in pairs]
+        scores["leak_in"] = float(np.mean(leaks)) if leaks else 0.0
+    return scores
+
+
+def grown(mask: np.ndarray, margin: int) -> np.ndarray:
+    """A bool mask (128, 128) grown by `margin` pixels in every direction."""
+    padded = np.pad(mask, margin)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * margin + 1, 2 * margin + 1))
+    return windows.any(axis=(-1, -2)).reshape(SIDE, SIDE)

@@ -1,0 +1,99 @@
+"""The tasks of `bench edit`, their scores on pictures whose right answer is known, and its rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import attnctrl as ac
+from attnctrl.bench.edit import METHODS, parse_ways
+from attnctrl.bench.edit_score import MARGIN, edited_share, grown, kept_share, psnr, score_edit, toward
+from attnctrl.bench.edit_tasks import KINDS, EditTask, make_edits
+from attnctrl.bench.tasks import fitted
+from attnctrl.edits import edited
+from attnctrl.shapes.detect import detect
+from attnctrl.shapes.render import render
+from attnctrl.shapes.world import HELD_OUT, Scene
+
+
+def pixels(picture) -> np.ndarray:
+    return np.asarray(picture, dtype=np.float64) / 255
+
+
+def wanted(task: EditTask) -> np.ndarray:
+    """What was asked, drawn exactly."""
+    boxes = task.layout.boxes
+    things = [fitted(*pair, box) for pair, box in zip(task.wanted, boxes, strict=True) if pair is not None]
+    return render([Scene(tuple(things), task.background)])[0].permute(1, 2, 0).double().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_picture_scores_full_marks_and_the_given_one_is_not_edited(kind: str) -> None:
+    for task in make_edits(kind, 6):
+        right, given = score_edit(task, wanted(task)), score_edit(task, pixels(task.picture))
+        assert right["edited"] == right["kept"] == 1.0
+        assert right["background_psnr"] > 40
+        assert right["max_error"] < 0.02
+        assert right.get("leak_out", 0.0) == given.get("leak_out", 0.0) == 0.0
+        assert given["edited"] == 0.0
+        assert given["kept"] == 1.0
+        assert given["background_psnr"] == 60.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_and_edits_agree(kind: str) -> None:
+    for task in make_edits(kind, 6):
+        assert all((colour, shape) not in HELD_OUT for shape, colour in filter(None, task.wanted))
+        if kind != "remove":
+            # Only an article may differ: "a" or "an" of another colour.
+            made = edited(task.layout.prompt, task.edits)
+            assert made.replace(" an ", " a ").lstrip("an ") == task.target_prompt.replace(" an ", " a ").lstrip("an ")
+    splits = [{t.layout.prompt for t in make_edits(kind, 12, split)} for split in ("tune", "test")]
+    assert not splits[0] & splits[1]
+
+
+def test_tasks_do_not_depend_on_how_many_there_are() -> None:
+    few, many = make_edits("two", 2), make_edits("two", 5)
+    assert [t.seed for t in few] == [t.seed for t in many[:2]]
+    assert [t.target_prompt for t in few] == [t.target_prompt for t in many[:2]]
+
+
+def test_an_object_that_moved_is_not_kept() -> None:
+    task = make_edits("recolour", 1)[0]
+    stays = next(i for i in range(len(task.wanted)) if i not in task.changed)
+    things = [fitted(*thing) for thing in task.layout.things]
+    moved = replace(things[stays], cx=things[stays].cx + 0.08)
+    things[stays] = moved
+    found = detect(render([Scene(tuple(things), task.background)])[0].numpy())
+    assert kept_share(task, found) == pytest.approx(0.5)
+    assert edited_share(task, found) == 0.0
+
+
+def test_measures_by_hand() -> None:
+    black, grey = np.zeros((4, 4, 3)), np.full((4, 4, 3), 0.1)
+    everywhere = np.ones((4, 4), bool)
+    assert psnr(black, grey, everywhere) == pytest.approx(20.0)
+    assert psnr(grey, grey, everywhere) == 60.0
+    red = np.zeros((4, 4, 3))
+    red[:2] = (0.86, 0.15, 0.15)
+    assert toward(red, black, "red", everywhere) == 0.5
+    dot = np.zeros((128, 128), bool)
+    dot[64, 64] = True
+    assert grown(dot, MARGIN).sum() == (2 * MARGIN + 1) ** 2
+
+
+def test_rows_are_written_as_method_inversion_and_mask() -> None:
+    ways = parse_ways("img2img, none@direct,prompt-to-prompt{self_until=0.1|0.2}@virtual:mask")
+    assert [(w.label, w.inversion, w.masked) for w in ways] == [
+        ("img2img", None, False),
+        ("none@direct", "direct", False),
+        ("prompt-to-prompt{self_until=0.1}@virtual:mask", "virtual", True),
+        ("prompt-to-prompt{self_until=0.2}@virtual:mask", "virtual", True),
+    ]
+    assert len(parse_ways(METHODS)) > 10
+    with pytest.raises(ac.ControlError, match="names no inversion"):
+        parse_ways("prompt-to-prompt")
+    with pytest.raises(ac.ControlError, match='inversion "magic" is unknown'):
+        parse_ways("none@magic")
