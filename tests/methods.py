@@ -40,9 +40,19 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     ],
     "opti-prune": [{"rounds": 0, "ratio": 0.0}, {"iterations": 0, "patch": 1}],
     "inpaint-fusion": [],
+    "radial": [],
+    "neighborhood-tiles": [],
+    "sliding-tile": [],
+    "draft": [],
+    "paro": [],
+    "rettention": [],
+    "vmoba": [],
+    "agent-attention": [{"ratio": 0.0, "agents_until": 0.0}, {"ratio": 0.0, "agent_ratio": 0.0}],
+    "random-blocks": [],
+    "oracle-blocks": [],
 }
 
-CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task != "editing"]
+CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task in ("layout", "fidelity")]
 """The methods that act on separate text keys, so on the UNets, and need no given picture; the others have tests of
 their own."""
 
@@ -55,6 +65,11 @@ BINDING: dict[str, dict[str, Any]] = {
 
 LIVELY: dict[str, dict[str, Any]] = {"dynamic-prompt": {"scale": 1000.0}}
 """An untrained model hardly minds its text, so that its embeddings need large steps."""
+
+
+def given(method: Method, about: Any = None) -> tuple[Any, ...]:
+    """What the method is given besides its parameters: regions or phrases; sparse attention needs nothing."""
+    return () if method.task == "sparse" else (subject(method) if about is None else about,)
 
 
 def subject(method: Method) -> Any:
@@ -70,7 +85,7 @@ def busy(name: str, about: Any = None, **params: Any) -> ac.Control:
     usual: dict[str, Any] = {"window": ac.Window(0.0, 1.0)}
     usual |= {name: 2 for name in ("iterations", "refinements", "rounds") if name in entry.params}
     usual |= BINDING.get(name, {}) | LIVELY.get(name, {})
-    return entry.make(subject(entry) if about is None else about, **usual | params)
+    return entry.make(*given(entry, about), **usual | params)
 
 
 def idle_forms() -> dict[str, ac.Control]:
@@ -79,8 +94,9 @@ def idle_forms() -> dict[str, ac.Control]:
     for name, method in REGISTRY.items():
         for params in WEIGHTLESS[name]:
             forms[f"{name}-{'-'.join(params)}"] = busy(name, **params)
-        forms[f"{name}-no-subject"] = method.make(())
-        forms[f"{name}-no-subject-per-prompt"] = method.make(((),))
+        if given(method):
+            forms[f"{name}-no-subject"] = method.make(())
+            forms[f"{name}-no-subject-per-prompt"] = method.make(((),))
         if "pairs" in method.control.__dataclass_fields__:
             forms[f"{name}-no-pairs"] = busy(name, pairs=())
         forms[f"{name}-empty-window"] = busy(name, window=ac.Window(0.5, 0.5))

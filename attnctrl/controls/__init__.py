@@ -24,6 +24,16 @@ from attnctrl.controls.layout.refocus import Refocus
 from attnctrl.controls.layout.region_mask import RegionMask
 from attnctrl.controls.layout.region_prompts import RegionPrompts
 from attnctrl.controls.layout.regional_flux import RegionalFlux
+from attnctrl.controls.sparse.agent_attention import AgentAttention
+from attnctrl.controls.sparse.draft import Draft
+from attnctrl.controls.sparse.neighborhood_tiles import NeighborhoodTiles
+from attnctrl.controls.sparse.oracle_blocks import OracleBlocks
+from attnctrl.controls.sparse.paro import Paro
+from attnctrl.controls.sparse.radial import Radial
+from attnctrl.controls.sparse.random_blocks import RandomBlocks
+from attnctrl.controls.sparse.rettention import Rettention
+from attnctrl.controls.sparse.sliding_tile import SlidingTile
+from attnctrl.controls.sparse.vmoba import VMoBA
 from attnctrl.errors import ControlError
 
 
@@ -78,6 +88,16 @@ REGISTRY = {
         Method("dynamic-prompt", DynamicPrompt, "fidelity"),
         Method("opti-prune", OptiPrune, "fidelity"),
         Method("inpaint-fusion", InpaintFusion, "editing"),
+        Method("radial", Radial, "sparse"),
+        Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
+        Method("sliding-tile", SlidingTile, "sparse"),
+        Method("draft", Draft, "sparse"),
+        Method("paro", Paro, "sparse"),
+        Method("rettention", Rettention, "sparse"),
+        Method("vmoba", VMoBA, "sparse"),
+        Method("agent-attention", AgentAttention, "sparse"),
+        Method("random-blocks", RandomBlocks, "sparse"),
+        Method("oracle-blocks", OracleBlocks, "sparse"),
     )
 }
 
@@ -93,11 +113,13 @@ __all__ = [
     "RAG",
     "REGISTRY",
     "AStar",
+    "AgentAttention",
     "AttendExcite",
     "BundledAttention",
     "Conform",
     "DenseDiffusion",
     "DivideBind",
+    "Draft",
     "DynamicPrompt",
     "EliGen",
     "InitNO",
@@ -105,10 +127,18 @@ __all__ = [
     "LayoutGuidance",
     "LoCo",
     "Method",
+    "NeighborhoodTiles",
     "OptiPrune",
+    "OracleBlocks",
+    "Paro",
+    "Radial",
+    "RandomBlocks",
     "Refocus",
     "RegionMask",
     "RegionPrompts",
     "RegionalFlux",
+    "Rettention",
+    "SlidingTile",
+    "VMoBA",
     "method",
 ]

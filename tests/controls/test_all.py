@@ -12,7 +12,7 @@ import attnctrl as ac
 from attnctrl.control import ATTENTION_POINTS
 from attnctrl.controls import REGISTRY, method
 from tests import tiny
-from tests.methods import CLASSIC, busy, subject
+from tests.methods import CLASSIC, busy, given, subject
 from tests.probes import REGIONS, Nudge
 from tests.spies import COND, UNCOND, watch
 
@@ -144,7 +144,7 @@ def test_its_window_is_kept(name: str) -> None:
 def test_it_documents_itself(name: str) -> None:
     entry = REGISTRY[name]
     assert entry.name == name
-    assert entry.task in ("layout", "fidelity", "editing")
+    assert entry.task in ("layout", "fidelity", "editing", "sparse")
     assert entry.control.__doc__
     assert entry.control.paper
     assert entry.control.fixes
@@ -165,11 +165,11 @@ def test_parameters_out_of_range_are_refused(name: str) -> None:
         for value in bad:
             sentence = rf"{entry.control.__name__}: {field.name} is .*: (choose one of|it must be in \[)"
             with pytest.raises(ac.ControlError, match=sentence):
-                entry.make(subject(entry), **{field.name: value})
+                entry.make(*given(entry), **{field.name: value})
             tried += 1
         for value in (low, high):
             if value is not None:
-                entry.make(subject(entry), **{field.name: value})  # the ends of the range belong to it
+                entry.make(*given(entry), **{field.name: value})  # the ends of the range belong to it
     assert tried > 0
 
 
