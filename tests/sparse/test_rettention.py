@@ -56,7 +56,8 @@ def test_the_step_after_a_dense_one_of_equal_input_is_full_attention(text: dict[
     assert (kept.ratio > 0).all()
     latents = kept.ratio[:, :, call.queries.latent]
     assert latents.mean() < 0.6
-    torch.testing.assert_close(kept.ratio[:, :, call.queries.text], torch.ones_like(kept.ratio[:, :, call.queries.text]))
+    words = kept.ratio[:, :, call.queries.text]
+    torch.testing.assert_close(words, torch.ones_like(words))
 
 
 def test_without_what_was_kept_it_is_rescaled_sparse_attention() -> None:

@@ -8,7 +8,7 @@ import torch
 import attnctrl as ac
 from attnctrl.controls.sparse.neighborhood_tiles import neighborhood
 from attnctrl.controls.sparse.sliding_tile import tile_windows
-from attnctrl.controls.sparse.tiles import SHAPES, multiple, tile_shape, window_sizes
+from attnctrl.controls.sparse.tiles import SHAPES, tile_counts, tile_shape, window_sizes
 from attnctrl.kernels.blocks_grid import axis_windows, tile_order
 from tests.sparse.calls import a_call, attended, dense
 from tests.sparse.table import SMALL
@@ -18,8 +18,12 @@ def test_sizes_by_hand() -> None:
     assert window_sizes((30, 48, 80), 0.125) == (15, 24, 40)
     assert window_sizes((1, 64, 64), 0.25) == (1, 32, 32)
     assert window_sizes((3, 3, 3), 0.001) == (1, 1, 1)
-    assert multiple((15, 23, 41), (2, 8, 8), (30, 48, 80)) == (16, 24, 40)
-    assert multiple((1, 1, 100), (2, 8, 8), (21, 45, 80)) == (2, 8, 80)
+    # A fifth of 64 is 12.8, and each side 2.3 of 4: 2 x 2 x 3 is nearest.
+    assert sorted(window_sizes((4, 4, 4), 0.2)) == [2, 2, 3]
+    assert window_sizes((4, 4, 4), 1.0) == window_sizes((4, 4, 4), 1.0, odd=True) == (4, 4, 4)
+    assert sorted(window_sizes((4, 4, 4), 0.2, odd=True)) == [1, 3, 3]  # 9 is nearer to 12.8 than 27 or 3
+    assert window_sizes((5, 6, 10), 0.1, odd=True) == (3, 3, 3)
+    assert tile_counts((21, 45, 80), (2, 8, 8)) == (11, 6, 10)
     for block, shape in SHAPES.items():
         assert shape[0] * shape[1] * shape[2] == block
         assert tile_shape((1, 64, 64), block)[0] == 1

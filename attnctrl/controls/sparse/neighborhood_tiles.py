@@ -9,7 +9,7 @@ import torch
 
 from attnctrl.control import Control, Where, Window, param
 from attnctrl.controls.sparse.common import BOTH, LATENTS, Sequence, Sparse, block_size, falls_back, sink_frames
-from attnctrl.controls.sparse.tiles import checked, clipped, multiple, sees_frames, tile_shape, window_sizes
+from attnctrl.controls.sparse.tiles import checked, clipped, sees_frames, tile_counts, tile_shape, window_sizes
 from attnctrl.kernels import SparseBlocks
 from attnctrl.kernels.blocks_grid import window_blocks
 from attnctrl.sampling import Sampling
@@ -68,7 +68,10 @@ class NeighborhoodTiles(Control):
     def sizes(self, grid: Grid) -> tuple[Grid, Grid, Grid]:
         """(tile, extent, stride) on a grid."""
         tile = tile_shape(grid, self.block)
-        asked = clipped(self.extent, grid) if self.extent else multiple(window_sizes(grid, self.density), tile, grid)
+        # Around the middle of a tile an odd number of tiles leaves none half seen.
+        frames, height, width = window_sizes(tile_counts(grid, tile), self.density, odd=True)
+        whole = frames * tile[0], height * tile[1], width * tile[2]
+        asked = clipped(self.extent or whole, grid)
         return tile, asked, clipped(self.stride or tile, asked)
 
     def attend(self, call: Call, state: Any) -> torch.Tensor | None:

@@ -41,7 +41,8 @@ def block_statistics(
                 if into is total:
                     into[:, :, number].index_add_(2, rows, by_query)
                 else:
-                    into[:, :, number].index_reduce_(2, rows, by_query, "amax")
+                    place = rows[:, None].expand_as(by_query)
+                    into[:, :, number].scatter_reduce_(2, place, by_query, "amax")
     lengths = axis.bounds(device)[1]
     return total / (lengths[:, None] * lengths), peak
 

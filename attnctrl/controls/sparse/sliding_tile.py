@@ -10,7 +10,7 @@ import torch
 
 from attnctrl.control import Control, Where, Window, param
 from attnctrl.controls.sparse.common import BOTH, LATENTS, Sequence, Sparse, block_size, falls_back, sink_frames
-from attnctrl.controls.sparse.tiles import checked, clipped, sees_frames, tile_shape, window_sizes
+from attnctrl.controls.sparse.tiles import checked, clipped, sees_frames, tile_counts, tile_shape, window_sizes
 from attnctrl.kernels.blocks_grid import axis_windows, tile_order
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid
@@ -61,8 +61,7 @@ class SlidingTile(Control):
     def sizes(self, grid: Grid) -> tuple[Grid, Grid, Grid]:
         """(tile, tiles along each axis, tiles of a window along each axis) on a grid."""
         tile = clipped(self.tile or tile_shape(grid, self.block), grid)
-        frames, height, width = (-(-size // unit) for size, unit in zip(grid, tile, strict=True))
-        count = frames, height, width
+        count = tile_counts(grid, tile)
         return tile, count, clipped(self.tiles or window_sizes(count, self.density), count)
 
     def attend(self, call: Call, state: Any) -> torch.Tensor | None:

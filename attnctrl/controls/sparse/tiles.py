@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from math import ceil, floor, log, prod
+
 import torch
 
 from attnctrl.errors import ControlError
@@ -23,20 +26,27 @@ def clipped(sizes: Grid, grid: Grid) -> Grid:
     return frames, height, width
 
 
-def window_sizes(grid: Grid, density: float) -> Grid:
-    """The window (frames, height, width) that holds about the share `density` of a grid, of the grid's shape.
-
-    Axes of one token do not count; every axis keeps one at least.
-    """
-    share = density ** (1 / max(1, sum(size > 1 for size in grid)))
-    frames, height, width = (max(1, round(size * share)) for size in grid)
+def tile_counts(grid: Grid, tile: Grid) -> Grid:
+    """How many tiles lie along each axis."""
+    frames, height, width = (-(-size // unit) for size, unit in zip(grid, tile, strict=True))
     return frames, height, width
 
 
-def multiple(sizes: Grid, tile: Grid, grid: Grid) -> Grid:
-    """Sizes rounded to whole tiles, one at least, and no larger than the grid."""
-    frames, height, width = (max(1, round(one / unit)) * unit for one, unit in zip(sizes, tile, strict=True))
-    return clipped((frames, height, width), grid)
+def window_sizes(tiles: Grid, density: float, odd: bool = False) -> Grid:
+    """Tiles along (frames, height, width) of the window that holds nearest to the share `density` of `tiles`.
+
+    Of windows of the grid's own shape, each side rounded up or down, one at least. odd: to odd numbers, or all.
+    """
+    share = density ** (1 / max(1, sum(count > 1 for count in tiles)))
+    sides = []
+    for count in tiles:
+        low, high = floor(count * share), ceil(count * share)
+        if odd:
+            low = max(1, low - 1 + low % 2)
+            high = low + 2 if count * share > low else low
+        sides.append({max(1, low), max(1, min(high, count))})
+    frames, height, width = min(product(*sides), key=lambda window: abs(log(prod(window) / (prod(tiles) * density))))
+    return frames, height, width
 
 
 def checked(name: str, field: str, sizes: tuple[int, ...] | None) -> None:
