@@ -138,7 +138,9 @@ class Control:
             low, high = item.metadata.get("low"), item.metadata.get("high")
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
             if choices is not None and value not in choices:
-                raise ControlError(f"{self.name}: {item.name} is {value!r}: choose one of {', '.join(choices)}.")
+                raise ControlError(
+                    f"{self.name}: {item.name} is {value!r}: choose one of {', '.join(map(str, choices))}."
+                )
             # "not within" rather than "outside" so that NaN is refused too.
             within = value is None or ((low is None or value >= low) and (high is None or value <= high))
             if (low is not None or high is not None) and not within:

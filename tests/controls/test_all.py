@@ -170,7 +170,7 @@ def test_parameters_out_of_range_are_refused(name: str) -> None:
         for value in (low, high):
             if value is not None:
                 entry.make(*given(entry), **{field.name: value})  # the ends of the range belong to it
-    assert tried > 0
+    assert tried > 0 or all(isinstance(field.default, bool) for field in entry.params.values())
 
 
 @pytest.mark.parametrize("name", REGISTRY)
