@@ -36,6 +36,7 @@ def sparse_controls(grid: Grid = GRID, sites: tuple[Site, ...] = SITES, heads: i
         "neighborhood-tiles, sliding": ac.NeighborhoodTiles(extent=(3, 4, 5), stride=(1, 1, 1), block=16, **SMALL),
         "sliding-tile": ac.SlidingTile(density=0.1, block=16, sink=1, **SMALL),
         "draft": ac.Draft(density=0.2, block=16, **SMALL),
+        "draft, mass": ac.Draft(mass=0.3, scope="row", block=16, **SMALL),
         "paro": ac.Paro(plan(grid, sites, heads), **SMALL),
         "rettention": ac.Rettention(density=0.2, block=16, **SMALL),
         "vmoba": ac.VMoBA(mode="top", density=0.2, frames=1, volume=(2, 3, 4), **SMALL),
@@ -58,4 +59,5 @@ def full_controls(grid: Grid = GRID, sites: tuple[Site, ...] = SITES, heads: int
         "vmoba, threshold": ac.VMoBA(threshold=1.0, **SMALL),
         "random-blocks": ac.RandomBlocks(density=1.0, block=16, **SMALL),
         "oracle-blocks": ac.OracleBlocks(density=1.0, block=16, **SMALL),
+        "oracle-blocks, mass": ac.OracleBlocks(mass=1.0, block=16, **SMALL),
     }

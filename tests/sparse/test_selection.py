@@ -69,6 +69,21 @@ def test_draft_visits_the_top_of_its_map_and_the_diagonal(scope: str) -> None:
     assert visit.share == pytest.approx(float(mask.float().mean()))
 
 
+@pytest.mark.parametrize("mass", [0.3, 0.8])
+def test_by_mass_each_row_takes_as_many_as_it_needs(mass: float) -> None:
+    call = a_call(spread=2.0)
+    made = tiles_of(ac.OracleBlocks(), call)
+    query, key = made.ordered(call)
+    scores = block_mass(query, key, made.axis, call.scale)
+    visited = made.top(scores, 0.25, "row", mass).visited
+    held = (scores * visited).sum(dim=-1) / scores.sum(dim=-1)
+    assert (held >= mass - 1e-5).all()
+    assert len(visited.sum(dim=-1).unique()) > 1
+    _, report = attended(ac.OracleBlocks(mass=mass, scope="row", block=16, **SMALL), call)
+    (visit,) = report.visits.values()
+    assert 0.02 < float(visit.share) < mass
+
+
 def test_a_sink_is_seen_by_all() -> None:
     made = tiles_of(ac.Draft(), a_call(), sink=1)
     frame = made.order.order[0] < 60

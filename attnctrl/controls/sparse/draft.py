@@ -22,7 +22,8 @@ class Draft(Control):
 
     Tokens are reordered so that a pool of 8x16 tokens of one frame is a block (8x8 in blocks of 64, 4x4 in those of
     16); softmax(scale * mean(query) mean(key)^T) among the latents is the draft map, for each head, picture and
-    guidance branch; the highest share `density` of it is visited. scope "head", as in the official code: the blocks of
+    guidance branch; the highest share `density` of it is visited, or with `mass`, which the paper has not, as many
+    blocks as hold that share of its sum. scope "head", as in the official code: the blocks of
     a head compete in its whole map; "row": within their row. Defaults: Wan 2.1; HunyuanVideo density=0.1 and the first
     two double blocks dense (where=Where(kinds=("joint",), skip=2)).
 
@@ -38,6 +39,9 @@ class Draft(Control):
     fixes: ClassVar[str] = "slow video generation"
 
     density: float = param(0.25, "share of the blocks that is visited", 0.001, 1)
+    mass: float = param(
+        0.0, "share of the map's sum that is visited, by as few blocks as hold it; 0: density holds", 0, 1
+    )
     scope: str = param("head", "blocks compete within a head's whole map, or within their row", choices=("head", "row"))
     block: int = block_size(128)
     sink: int = sink_frames(0)
@@ -53,5 +57,5 @@ class Draft(Control):
         tiles = Tiles.of(call, state, FLAT[self.block], self.block, self.sink)
         query, key = tiles.ordered(call)
         scores = draft_map(tiles.latents(query), tiles.latents(key), tiles.axis, tiles.axis, call.scale)
-        mask = tiles.top(scores, self.density, self.scope)  # type: ignore[arg-type]
+        mask = tiles.top(scores, self.density, self.scope, self.mass)  # type: ignore[arg-type]
         return state.attend(call, mask, self.fall_back, tiles.order, (query, key))

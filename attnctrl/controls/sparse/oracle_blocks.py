@@ -39,13 +39,16 @@ class OracleBlocks(Control):
     """The blocks that hold the most attention among the latents, found by computing all of it: the best choice.
 
     It costs more than full attention: it is there to measure others by, with the same tiles, diagonal, sink and text
-    as Draft. scope: as in Draft. Families: as Draft.
+    as Draft. scope, mass: as in Draft. Families: as Draft.
     """
 
     paper: ClassVar[str] = "none: a ceiling to measure against"
     fixes: ClassVar[str] = "nothing: the best choice of blocks, at more than the full cost"
 
     density: float = param(0.25, "share of the blocks that is visited", 0.001, 1)
+    mass: float = param(
+        0.0, "share of the map's sum that is visited, by as few blocks as hold it; 0: density holds", 0, 1
+    )
     scope: str = param("head", "blocks compete within a head's whole map, or within their row", choices=("head", "row"))
     block: int = block_size(128)
     sink: int = sink_frames(0)
@@ -62,5 +65,5 @@ class OracleBlocks(Control):
         query, key = tiles.ordered(call)
         with torch.no_grad():
             scores = block_mass(tiles.latents(query), tiles.latents(key), tiles.axis, call.scale)
-        mask = tiles.top(scores, self.density, self.scope)  # type: ignore[arg-type]
+        mask = tiles.top(scores, self.density, self.scope, self.mass)  # type: ignore[arg-type]
         return state.attend(call, mask, self.fall_back, tiles.order, (query, key))

@@ -8,7 +8,7 @@ import torch
 
 from attnctrl.controls.sparse.common import Sequence, Sparse
 from attnctrl.controls.sparse.tiles import clipped, sees_frames
-from attnctrl.kernels import BlockAxis, SparseBlocks, TokenOrder, top_blocks
+from attnctrl.kernels import BlockAxis, SparseBlocks, TokenOrder, mass_blocks, top_blocks
 from attnctrl.kernels.blocks_grid import tile_order
 from attnctrl.kernels.blocks_select import Scope
 from attnctrl.sites import Call, Grid
@@ -45,6 +45,11 @@ class Tiles:
         """Those of the latents, of (batch, heads, tokens, channels)."""
         return tensor[:, :, self.sequence.before : self.sequence.before + self.sequence.latents]
 
-    def top(self, scores: torch.Tensor, density: float, scope: Scope) -> SparseBlocks:
-        """The mask with the highest scores, (batch, heads, blocks, blocks), at a density among the latents."""
+    def top(self, scores: torch.Tensor, density: float, scope: Scope, mass: float = 0.0) -> SparseBlocks:
+        """The mask with the highest scores, (batch, heads, blocks, blocks), at a density among the latents.
+
+        mass: where it is above 0, the fewest blocks that hold this share of the scores instead.
+        """
+        if mass > 0:
+            return self.sequence.blocks(self.axis, mass_blocks(scores, mass, self.forced, scope))
         return self.sequence.chosen(self.axis, top_blocks(scores, density, self.forced, scope), density)
