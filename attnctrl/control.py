@@ -54,13 +54,15 @@ class Where:
 
     kinds: any of "self", "cross", "joint". blocks: any of "down", "mid", "up"; None for all.
     near: keep only the sites whose share of the latents' own tokens is nearest to this one (ratio-wise): 1/16 for the
-    maps that the layout papers read, 16x16 of 64x64 latents. max_tokens: drop finer sites.
+    maps that the layout papers read, 16x16 of 64x64 latents. max_tokens: drop finer sites. skip: of the sites that are
+    left, drop so many of the first of each denoiser.
     """
 
     kinds: tuple[str, ...] = ("cross", "joint")
     blocks: tuple[str, ...] | None = None
     near: float | None = None
     max_tokens: int | None = None
+    skip: int = 0
 
     def select(self, sites: list[Site], latents: tuple[int, int, int]) -> list[Site]:
         """The sites among `sites` that this rule keeps, for latents of grid (frames, height, width)."""
@@ -76,7 +78,14 @@ class Where:
             near = self.near * latents[0] * latents[1] * latents[2]
             best = min((tokens(s) for s in kept), key=lambda n: max(n / near, near / n))
             kept = [s for s in kept if tokens(s) == best]
+        if self.skip:
+            first = {s.name for expert in {s.expert for s in kept} for s in _first(kept, expert, self.skip)}
+            kept = [s for s in kept if s.name not in first]
         return kept
+
+
+def _first(sites: list[Site], expert: int, count: int) -> list[Site]:
+    return sorted((s for s in sites if s.expert == expert), key=lambda s: s.order)[:count]
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,9 @@ class Control:
             low, high = item.metadata.get("low"), item.metadata.get("high")
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
             if choices is not None and value not in choices:
-                raise ControlError(f"{self.name}: {item.name} is {value!r}: choose one of {', '.join(choices)}.")
+                raise ControlError(
+                    f"{self.name}: {item.name} is {value!r}: choose one of {', '.join(map(str, choices))}."
+                )
             # "not within" rather than "outside" so that NaN is refused too.
             within = value is None or ((low is None or value >= low) and (high is None or value <= high))
             if (low is not None or high is not None) and not within:
@@ -195,7 +206,8 @@ class Control:
     def attend(self, call: Call, state: Any) -> torch.Tensor | None:
         """Replace the attention: (batch, heads, queries, head_dim), or None to leave it to the next control.
 
-        Query and key have further channels where another control's mask is a `LowRankBias`.
+        `call.seen` says what may be seen, by the model's own mask and those of other controls together. Query and key
+        have further channels where another control's mask is a `LowRankBias`.
         """
         return None
 

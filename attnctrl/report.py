@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass
 class Acted:
@@ -20,11 +22,29 @@ class Acted:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Visit:
+    """One call of an attention that may skip pairs of query and key.
+
+    share: of the pairs, what was visited; a tensor of one number where it is read later, lest a GPU be waited for.
+    form: what computed it. why: why nothing was skipped; empty where something was.
+    """
+
+    control: str
+    share: float | torch.Tensor
+    form: str
+    why: str = ""
+
+
 @dataclass
 class Report:
-    """One row per control and point. On a GPU the seconds are those of the host, kernels run on beyond them."""
+    """One row per control and point. On a GPU the seconds are those of the host, kernels run on beyond them.
+
+    visits: what sparse attention visited, by site, step and guidance branch.
+    """
 
     rows: dict[tuple[int, str], Acted] = field(default_factory=dict)
+    visits: dict[tuple[str, int, str], Visit] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, index: int, control: str, point: str, step: int, site: str | None = None) -> Iterator[None]:
@@ -45,12 +65,33 @@ class Report:
         """Whether control number `index` acted at all."""
         return any(i == index for i, _ in self.rows)
 
+    def visit(
+        self, at: tuple[str, int, str], control: str, share: float | torch.Tensor, form: str, why: str = ""
+    ) -> None:
+        """Account for one call of sparse attention, at (site, step, branch); a call made again counts once."""
+        self.visits[at] = Visit(control, share, form, why)
+
+    def visited(self) -> float:
+        """The mean share of pairs that sparse attention visited in the calls in which its control acted; 1 is all."""
+        shares = [float(visit.share) for visit in self.visits.values()]
+        return sum(shares) / len(shares) if shares else 1.0
+
+    def _visits(self) -> list[str]:
+        kinds: dict[tuple[str, str], list[float]] = {}
+        for visit in self.visits.values():
+            how = f"skipped nothing: {visit.why}" if visit.why else f"by {visit.form}"
+            kinds.setdefault((visit.control, how), []).append(float(visit.share))
+        return [
+            f"{control}: {len(shares)} calls visited {100 * sum(shares) / len(shares):.1f}% of the pairs, {how}"
+            for (control, how), shares in kinds.items()
+        ]
+
     def __str__(self) -> str:
         if not self.rows:
-            return "no control acted"
+            return "\n".join(["no control acted", *self._visits()])
         lines = [f"{'control':<18}{'point':<9}{'sites':>6}{'steps':>9}{'calls':>7}{'seconds':>9}"]
         for row in self.rows.values():
             span = f"{min(row.steps)}-{max(row.steps)}"
             sites = str(len(row.sites)) if row.sites else "-"
             lines.append(f"{row.control:<18}{row.point:<9}{sites:>6}{span:>9}{row.calls:>7}{row.seconds:>9.3f}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._visits()])

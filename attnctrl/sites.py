@@ -109,7 +109,8 @@ class Call:
     query, key, value: (batch, heads, tokens, head_dim), after normalisation and rotary embedding.
     mask: the model's own mask, additive or boolean, broadcastable to (batch, heads, queries, keys).
     branch: "cond" or "uncond". project: text embeddings (batch, tokens, channels) -> this layer's (key, value).
-    streams: further contexts; when there are any, the layer's own context counts with `base_weight`.
+    streams: further contexts; when there are any, the layer's own context counts with `base_weight`. seen: in the
+    attend point, what may be seen: `mask` and the masks of all controls together, a tensor like it or token groups.
     """
 
     site: Site
@@ -125,6 +126,7 @@ class Call:
     project: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     streams: tuple[Stream, ...] = ()
     base_weight: torch.Tensor | float = 1.0
+    seen: torch.Tensor | TokenGroups | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def change(self, **fields: Any) -> Call:

@@ -46,9 +46,19 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "ale-edit": [],
     "multi-mask-inpaint": [{"weight": 0.0}],
     "semantic-protection": [],
+    "radial": [],
+    "neighborhood-tiles": [],
+    "sliding-tile": [],
+    "draft": [],
+    "paro": [],
+    "rettention": [],
+    "vmoba": [],
+    "agent-attention": [{"ratio": 0.0, "agents_until": 0.0}, {"ratio": 0.0, "agent_ratio": 0.0}],
+    "random-blocks": [],
+    "oracle-blocks": [],
 }
 
-CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task != "editing"]
+CLASSIC = [name for name, m in REGISTRY.items() if m.where.kinds != ("joint",) and m.task in ("layout", "fidelity")]
 """The methods that act on separate text keys, so on the UNets, and need no given picture; the others have tests of
 their own."""
 

@@ -47,7 +47,7 @@ def wan_model(channels: int = 4, **more: Any) -> WanModel:
         "num_layers": 1,
         "rope_max_seq_len": 16,
     }
-    return revived(WanModel(**config, **more))
+    return revived(WanModel(**{**config, **more}))
 
 
 def wan_parts() -> dict[str, Any]:
@@ -77,9 +77,10 @@ def wan() -> WanPipeline:
     return WanPipeline(transformer=wan_model(), **wan_parts())
 
 
-def wan_experts() -> WanPipeline:
+def wan_experts(layers: int = 1) -> WanPipeline:
     torch.manual_seed(0)
-    return WanPipeline(transformer=wan_model(), transformer_2=wan_model(), boundary_ratio=0.8, **wan_parts())
+    first, second = (wan_model(num_layers=layers) for _ in range(2))
+    return WanPipeline(transformer=first, transformer_2=second, boundary_ratio=0.8, **wan_parts())
 
 
 def wan_expanded() -> WanPipeline:

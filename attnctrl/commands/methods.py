@@ -36,4 +36,6 @@ def describe(name: str) -> str:
 def _signature(field: Field) -> str:
     low, high, choices = (field.metadata.get(k) for k in ("low", "high", "choices"))
     limits = f" in [{low:g}, {high:g}]" if low is not None and high is not None else ""
-    return f"{field.name} = {field.default!r}{limits}{' of ' + '|'.join(choices) if choices else ''}".ljust(40)
+    return f"{field.name} = {field.default!r}{limits}{' of ' + '|'.join(map(str, choices)) if choices else ''}".ljust(
+        40
+    )

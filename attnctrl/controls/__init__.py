@@ -35,6 +35,16 @@ from attnctrl.controls.layout.refocus import Refocus
 from attnctrl.controls.layout.region_mask import RegionMask
 from attnctrl.controls.layout.region_prompts import RegionPrompts
 from attnctrl.controls.layout.regional_flux import RegionalFlux
+from attnctrl.controls.sparse.agent_attention import AgentAttention
+from attnctrl.controls.sparse.draft import Draft
+from attnctrl.controls.sparse.neighborhood_tiles import NeighborhoodTiles
+from attnctrl.controls.sparse.oracle_blocks import OracleBlocks
+from attnctrl.controls.sparse.paro import Paro
+from attnctrl.controls.sparse.radial import Radial
+from attnctrl.controls.sparse.random_blocks import RandomBlocks
+from attnctrl.controls.sparse.rettention import Rettention
+from attnctrl.controls.sparse.sliding_tile import SlidingTile
+from attnctrl.controls.sparse.vmoba import VMoBA
 from attnctrl.errors import ControlError
 
 
@@ -98,6 +108,16 @@ REGISTRY = {
         Method("mutual-self-attention", MutualSelfAttention, "editing"),
         Method("ale-edit", AleEdit, "editing"),
         Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
+        Method("radial", Radial, "sparse"),
+        Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
+        Method("sliding-tile", SlidingTile, "sparse"),
+        Method("draft", Draft, "sparse"),
+        Method("paro", Paro, "sparse"),
+        Method("rettention", Rettention, "sparse"),
+        Method("vmoba", VMoBA, "sparse"),
+        Method("agent-attention", AgentAttention, "sparse"),
+        Method("random-blocks", RandomBlocks, "sparse"),
+        Method("oracle-blocks", OracleBlocks, "sparse"),
     )
 }
 
@@ -114,11 +134,13 @@ __all__ = [
     "REGISTRY",
     "AStar",
     "AleEdit",
+    "AgentAttention",
     "AttendExcite",
     "BundledAttention",
     "Conform",
     "DenseDiffusion",
     "DivideBind",
+    "Draft",
     "DynamicPrompt",
     "EliGen",
     "FollowSource",
@@ -132,6 +154,11 @@ __all__ = [
     "NullText",
     "OptiPrune",
     "PromptToPrompt",
+    "NeighborhoodTiles",
+    "OracleBlocks",
+    "Paro",
+    "Radial",
+    "RandomBlocks",
     "Refocus",
     "RegionMask",
     "RegionPrompts",
@@ -142,5 +169,8 @@ __all__ = [
     "TowardNoise",
     "TowardPicture",
     "VirtualInversion",
+    "Rettention",
+    "SlidingTile",
+    "VMoBA",
     "method",
 ]

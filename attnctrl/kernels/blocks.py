@@ -139,12 +139,15 @@ class SparseBlocks:
         if self.share is not None:
             return self.share
         if "density" not in self.memo:
-            rows, columns = (axis.bounds(self.device)[1].double() for axis in (self.query_axis, self.key_axis))
-            visited = self.visited.flatten(0, 1).double()
-            pairs = float((visited @ columns).mean(dim=0) @ rows)
-            self.memo["density"] = pairs / (self.queries * self.keys)
+            self.memo["density"] = float(self.counted())
         found: float = self.memo["density"]
         return found
+
+    def counted(self) -> torch.Tensor:
+        """What `density` counts, a tensor of one number on the mask's device: for who must not wait."""
+        rows, columns = (axis.bounds(self.device)[1].double() for axis in (self.query_axis, self.key_axis))
+        visited = self.visited.flatten(0, 1).double()
+        return ((visited @ columns).mean(dim=0) @ rows) / (self.queries * self.keys)
 
     def known_density(self) -> float | None:
         """`density` where it can be told without waiting for a GPU, else None."""

@@ -87,13 +87,24 @@ def _module(form: str) -> Any:
 
 def choose(query: torch.Tensor, mask: SparseBlocks, allow_full: bool) -> str:
     """The form for a query under a mask: "triton", "gather", "masked" or "full"."""
-    density = mask.known_density()
+    pays = not why_full(query, mask)
     if triton_runs(query, query):  # one head_dim for all three
-        pays = mask.keys >= FULL_BELOW and (density is None or density <= FULL_ABOVE)
-        return FULL if allow_full and not pays else "triton"
-    cost = GATHER_COST[min(mask.query_axis.size, mask.key_axis.size)]
-    pays = mask.key_axis.blocks >= FEW_BLOCKS and (density is None or density * cost < 1)
+        return "triton" if pays or not allow_full else FULL
     return "gather" if pays else FULL if allow_full else MASKED
+
+
+def why_full(query: torch.Tensor, mask: SparseBlocks) -> str:
+    """Why skipping what the mask skips saves no time on this device; empty where it does."""
+    density = mask.known_density()
+    if triton_runs(query, query):
+        if mask.keys < FULL_BELOW:
+            return f"fewer than {FULL_BELOW} keys"
+        return f"a density above {FULL_ABOVE:g}" if density is not None and density > FULL_ABOVE else ""
+    if mask.key_axis.blocks < FEW_BLOCKS:
+        return f"fewer than {FEW_BLOCKS} blocks of keys"
+    size = min(mask.query_axis.size, mask.key_axis.size)
+    limit = 1 / GATHER_COST[size]
+    return f"a density of {limit:.2f} or more in blocks of {size}" if density is not None and density >= limit else ""
 
 
 def _full(

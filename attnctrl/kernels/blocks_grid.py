@@ -9,25 +9,25 @@ import torch
 
 from attnctrl.kernels.blocks import SparseBlocks
 from attnctrl.kernels.blocks_axis import BLOCK_SIZES, BlockAxis
-from attnctrl.kernels.blocks_rule import blocks_from_rule
 
 Sizes = tuple[int, ...]
 """One number per axis of a grid, the slowest first: (frames, height, width), or (height, width)."""
 
 
-def tile_order(grid: Sizes, tile: Sizes) -> tuple[torch.Tensor, BlockAxis]:
+def tile_order(grid: Sizes, tile: Sizes, size: int | None = None) -> tuple[torch.Tensor, BlockAxis]:
     """The order in which the tokens of each tile follow each other, and the blocks that the tiles then are.
 
     The order is int64 (tokens,): place i takes token order[i] of the grid, which counts with the last axis fastest, as
     do tiles and the tokens inside one. Tiles at the end of an axis may be smaller; each tile is one block, of the
-    smallest size that holds it. tile (1, 8, 16) gives DraftAttention's blocks, (frames, h, w) and (t, h, w) VMoBA's
-    2D and 3D chunks, where those fit a block.
+    smallest size that holds it, or with `size` as many blocks of that size as it needs. tile (1, 8, 16) gives
+    DraftAttention's blocks, (frames, h, w) and (t, h, w) VMoBA's 2D and 3D chunks, (6, 8, 8) with size 128 the tiles of
+    Sliding Tile Attention.
 
     Raises:
-        ValueError: other numbers of axes, sizes below 1, or tiles of more tokens than a block holds.
+        ValueError: other numbers of axes, sizes below 1, or, without `size`, tiles of more tokens than a block holds.
     """
     _check(grid, tile=tile)
-    size = next((block for block in BLOCK_SIZES if block >= prod(tile)), None)
+    size = size or next((block for block in BLOCK_SIZES if block >= prod(tile)), None)
     if size is None:
         raise ValueError(f"Tiles of {tile} are {prod(tile)} tokens: a block holds at most {BLOCK_SIZES[-1]}.")
     number = _product([torch.arange(n) // t for n, t in zip(grid, tile, strict=True)], _counts(grid, tile))
@@ -55,26 +55,51 @@ def window_blocks(
 
     Along each axis queries go in runs of `stride`, and each run sees `window` tokens around its middle one, shifted to
     lie inside the grid: every query sees prod(window) keys. stride 1 slides; stride = window gives windows that stand
-    side by side. Where tiles divide grid, stride and window suitably all visited blocks are full; the tokens of
-    others are asked one by one, which for long videos belongs on a GPU.
+    side by side. Where tiles divide grid, stride and window suitably all visited blocks are full.
 
     Raises:
         ValueError: as `tile_order`; or a window larger than the grid, or a stride larger than the window.
     """
     order, axis = tile_order(grid, tile)
-    maps = [map.to(device) for map in axis_windows(grid, window, stride)]
+    maps = axis_windows(grid, window, stride)
     visited, full = window_maps(maps, tile)
-    partial = visited & ~full
-    places = torch.stack(torch.unravel_index(order, grid)).to(device)
+    pattern, patterns = _window_patterns(maps, tile, visited & ~full, axis.size)
+    if len(patterns) == 1:
+        mask = SparseBlocks(visited[None, None], axis, axis)
+    else:
+        mask = SparseBlocks(visited[None, None], axis, axis, pattern=pattern[None, None], patterns=patterns)
+    return order.to(device), mask.to(device)
 
-    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        one_by_one = (near[place[q], place[k]] for near, place in zip(maps, places, strict=True))
-        return reduce(torch.logical_and, one_by_one)
 
-    mask = blocks_from_rule(sees, axis, axis, candidates=partial[None, None])
-    return order.to(device), SparseBlocks(
-        (mask.visited | full).contiguous(), axis, axis, pattern=mask.pattern, patterns=mask.patterns
-    )
+def _window_patterns(
+    maps: list[torch.Tensor], tile: Sizes, partial: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pattern holds inside each block, int32 (blocks, blocks), and the patterns, bool (patterns, size, size).
+
+    What two tiles see of each other is the product of what they see along each axis, so that no token is asked.
+    """
+    number = torch.zeros(1, 1, dtype=torch.int64)
+    parts = []
+    for near, unit in zip(maps, tile, strict=True):
+        pieces = [row.split(unit, dim=1) for row in near.split(unit, dim=0)]
+        known: dict[tuple, int] = {}
+        keys = [[(tuple(one.shape), *one.flatten().tolist()) for one in row] for row in pieces]
+        here = [[known.setdefault(key, len(known)) for key in row] for row in keys]
+        parts.append([torch.tensor(key[1:], dtype=torch.bool).view(key[0]) for key in known])
+        own = torch.tensor(here)
+        both = number[:, None, :, None] * len(known) + own[None, :, None, :]
+        number = both.reshape(len(number) * len(own), -1)
+    found, which = number[partial].unique(return_inverse=True)
+    patterns = torch.ones(len(found) + 1, size, size, dtype=torch.bool)
+    for place, one in enumerate(found.tolist(), start=1):
+        inside = torch.ones(1, 1, dtype=torch.int32)
+        for choices in reversed(parts):
+            one, last = divmod(one, len(choices))
+            inside = torch.kron(choices[last].int(), inside)
+        patterns[place, : inside.shape[0], : inside.shape[1]] = inside.bool()
+    pattern = torch.zeros(number.shape, dtype=torch.int32)
+    pattern[partial] = which.int() + 1
+    return pattern, patterns
 
 
 def axis_windows(grid: Sizes, window: Sizes, stride: Sizes) -> list[torch.Tensor]:

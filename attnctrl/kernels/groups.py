@@ -8,11 +8,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from attnctrl.kernels.padding import padded
+
 MAX_GROUPS = 64
 """The bits of an int64."""
-
-HIDDEN = -1000.0
-"""Additive masks hide what they set this low: models write -inf, -10000 or their element type's least number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,19 +100,7 @@ class TokenGroups:
         Raises:
             ValueError: an additive padding that does more than hide. To see that, a new one is read, and waited for.
         """
-        kept: _Padded | None = self.memo.get("padded")
-        if kept is None or not kept.fits(padding):
-            if padding.dtype == torch.bool:
-                hidden = ~padding
-            else:
-                hidden = padding <= HIDDEN
-                if bool((padding.masked_fill(hidden, 0) != 0).any()):
-                    raise ValueError(
-                        f"The padding mask adds other numbers than 0 and {HIDDEN:g} or less to the scores."
-                    )
-            kept = _Padded(padding, _version(padding), self.hide_keys(hidden[:, 0, 0]))
-            self.memo["padded"] = kept
-        return kept.groups
+        return padded(self.memo, padding, self.hide_keys)
 
     def visible(self, keys: torch.Tensor | slice) -> torch.Tensor:
         """Which of some keys, given by index, each query sees: bool (batch or 1, 1, queries, chosen keys)."""
@@ -165,28 +152,6 @@ class TokenGroups:
         else:
             own, seen = allowed, torch.eye(len(keys), dtype=torch.bool, device=self.device)
         return TokenGroups(pack(own[None])[0][query_class], pack(seen[None])[0][key_class])
-
-
-@dataclass(frozen=True)
-class _Padded:
-    """A mask with the padding that it was made for, and how often that had been written to."""
-
-    padding: torch.Tensor
-    version: int | None
-    groups: TokenGroups
-
-    def fits(self, padding: torch.Tensor) -> bool:
-        """Whether `padding` is the same memory in the same form, not written to since."""
-        return self.version is not None and self.version == _version(padding) and _form(self.padding) == _form(padding)
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """How often a tensor's memory was written to; None for inference tensors, which do not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def pack(members: torch.Tensor) -> torch.Tensor:

@@ -2,5 +2,6 @@
 
 from attnctrl.pipelines.editing import EditPipeline, EditResult
 from attnctrl.pipelines.layout import LayoutPipeline, LayoutResult
+from attnctrl.pipelines.paro import calibrate_paro
 
-__all__ = ["EditPipeline", "EditResult", "LayoutPipeline", "LayoutResult"]
+__all__ = ["EditPipeline", "EditResult", "LayoutPipeline", "LayoutResult", "calibrate_paro"]

@@ -52,7 +52,13 @@ def attend(call: Call, work: Work) -> torch.Tensor:
     for one, timed in _having("attend", active, call, work):
         if result is None:
             with timed:
-                result = one.control.attend(biased, one.state)
+                result = one.control.attend(biased.change(seen=mask), one.state)
+            if result is not None and edited:
+                editor = next(a.control.name for a in active if {"scores", "probs"} & a.points)
+                raise ControlError(
+                    f"{one.control.name} and {editor} cannot work together at {call.site.name}: one replaces the "
+                    "attention whose scores the other edits. Give them other sites (where) or steps (window)."
+                )
     if result is None and edited and probs is not None:
         result = torch.matmul(probs.to(call.value.dtype), call.value)
     if result is None:

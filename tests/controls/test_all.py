@@ -148,7 +148,7 @@ def test_its_window_is_kept(name: str) -> None:
 def test_it_documents_itself(name: str) -> None:
     entry = REGISTRY[name]
     assert entry.name == name
-    assert entry.task in ("layout", "fidelity", "editing")
+    assert entry.task in ("layout", "fidelity", "editing", "sparse")
     assert entry.control.__doc__
     assert entry.control.paper
     assert entry.control.fixes
@@ -174,7 +174,7 @@ def test_parameters_out_of_range_are_refused(name: str) -> None:
         for value in (low, high):
             if value is not None:
                 entry.make(*subject(entry), **{field.name: value})  # the ends of the range belong to it
-    assert tried > 0
+    assert tried > 0 or all(isinstance(field.default, bool) for field in entry.params.values())
 
 
 @pytest.mark.parametrize("name", REGISTRY)

@@ -17,7 +17,7 @@ from tests.probes import REGIONS, Output, Probs
 from tests.transformers import FAMILIES, draw
 from tests.videos import VIDEOS
 
-NAMES = tuple(name for name, entry in REGISTRY.items() if entry.task != "editing")
+NAMES = tuple(name for name, entry in REGISTRY.items() if entry.task in ("layout", "fidelity"))
 MODELS = {**{name: FAMILIES[name] for name in ("flux", "sd3", "qwen")}, "cogvideox": VIDEOS["cogvideox-rotary"]}
 LOSSES = tuple(name for name in NAMES if "loss" in REGISTRY[name].make(()).points())
 ATTENTION = tuple(name for name in NAMES if name not in LOSSES and name != "opti-prune")
