@@ -17,6 +17,7 @@ from attnctrl.kernels import BlockAxis, TokenOrder
 from attnctrl.pipelines import calibrate_paro
 from attnctrl.processors import family_of
 from tests.methods import step
+from tests.probes import REGIONS
 from tests.sparse.calls import GRID, SITES, a_call, attended, dense
 from tests.sparse.table import SMALL, plan
 from tests.transformers import draw
@@ -152,6 +153,17 @@ def test_8_bits_after_the_reordering_are_near() -> None:
     print(f"8 bits: cosine {float(cosine):.6f}")
     assert 0.999 < float(cosine) < 1 - 1e-9
     assert next(iter(report.visits.values())).form == "int8"
+
+
+def test_8_bits_have_no_gradients_for_a_loss() -> None:
+    pipe = VIDEOS["cogvideox"].make()
+    with (
+        pytest.raises(ac.ControlError, match="Paro and Refocus cannot work together: attention in 8 bits has no"),
+        ac.control(pipe, ac.Paro(plan(), int8=True), ac.Refocus(REGIONS)),
+    ):
+        pass
+    with ac.control(pipe, ac.Paro(plan()), ac.Refocus(REGIONS)):
+        pass
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "wan-experts"])

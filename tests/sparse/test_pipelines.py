@@ -226,3 +226,13 @@ def test_several_pictures_and_no_guidance() -> None:
     for options in ({"num_images_per_prompt": 2}, {**family.free}):
         with ac.control(pipe, ac.Draft(block=16, **SMALL), record=False):
             assert torch.isfinite(draw(pipe, family, steps=1, **options)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_inference_mode_it_is_the_same(method: str) -> None:
+    """As ComfyUI runs its models."""
+    pipe, family = pipeline("hunyuan"), PIPELINES["hunyuan"]
+    expected, _ = drawn("hunyuan", method, steps=3)
+    controls = sparse_controls(family.grid, latents(pipe))[method]
+    with torch.inference_mode(), ac.control(pipe, controls, record=False):
+        torch.testing.assert_close(draw(pipe, family, steps=3), expected, atol=1e-5, rtol=1e-4)

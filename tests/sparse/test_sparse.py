@@ -171,3 +171,12 @@ def test_hidden_latents_stay_hidden_in_any_order() -> None:
         other.value[:, :, 17] += 5.0
         two, _ = attended(SPARSE[name], other)
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_half_precision(name: str) -> None:
+    call = a_call(before=7)
+    half = call.change(query=call.query.bfloat16(), key=call.key.bfloat16(), value=call.value.bfloat16())
+    output, _ = after_a_dense_step(FULL[name], half)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), dense(call), atol=0.03, rtol=0.03)

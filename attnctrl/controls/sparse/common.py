@@ -129,11 +129,12 @@ class Sequence:
 
 
 class Sparse:
-    """What a sparse control keeps during a run: things made once, and where to report."""
+    """What a sparse control keeps during a run: things made once, the last padding, and where to report."""
 
     def __init__(self, control: Control, sampling: Sampling) -> None:
         self.name, self.report = control.name, sampling.report
         self.made: dict[Hashable, Any] = {}
+        self.padding: dict[Any, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` makes, the first time that this key is asked for."""

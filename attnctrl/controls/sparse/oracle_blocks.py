@@ -1,4 +1,4 @@
-"""Oracle blocks: those that hold the most attention, known from full attention. The ceiling of a choice of blocks."""
+"""Oracle blocks: those that hold the most attention, known from full attention. What a choice by mass can reach."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class OracleBlocks(Control):
     """The blocks that hold the most attention among the latents, found by computing all of it: the best choice.
 
     It costs more than full attention: it is there to measure others by, with the same tiles, diagonal, sink and text
-    as Draft. scope, mass: as in Draft. Families: as Draft.
+    as Draft. The best by mass, that is: where attention is nearly even, what holds a little more of it is not a fair
+    sample of the values, and random blocks may come nearer to their mean. scope, mass: as in Draft. Families: as Draft.
     """
 
     paper: ClassVar[str] = "none: a ceiling to measure against"

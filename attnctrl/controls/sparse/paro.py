@@ -70,6 +70,11 @@ class Paro(Control):
     where: Where = field(default=LATENTS, kw_only=True)
     branches: tuple[str, ...] = field(default=BOTH, kw_only=True)
 
+    def conflict(self, other: Control) -> str | None:
+        if self.int8 and {"loss", "noise"} & set(other.points()) and not other.idle:
+            return "attention in 8 bits has no gradients, which the other takes: set int8=False."
+        return None
+
     def begin(self, sampling: Sampling) -> _Planned:
         return _Planned(self, sampling, self.plan if isinstance(self.plan, ParoPlan) else ParoPlan.load(self.plan))
 

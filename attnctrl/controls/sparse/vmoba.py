@@ -13,7 +13,7 @@ from attnctrl.controls.sparse.chunks import chunk_attention, chunk_means, near_c
 from attnctrl.controls.sparse.common import BOTH, LATENTS, Sequence, Sparse, falls_back, moved
 from attnctrl.controls.sparse.tiles import checked, clipped
 from attnctrl.errors import ControlError
-from attnctrl.kernels import TokenOrder
+from attnctrl.kernels import TokenOrder, padded
 from attnctrl.kernels.blocks_grid import tile_order
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid
@@ -118,7 +118,7 @@ class VMoBA(Control):
         if self.fall_back and device.type == "cpu" and share * CPU_COST >= 1:
             state.visited(call, 1.0, "full", f"a density above {1 / CPU_COST:.2f}")
             return None
-        hidden = self.hidden(call, parts.order)
+        hidden = self.hidden(call, state, parts.order)
         value = moved(call.value, parts.order)
         output = chunk_attention(query, key, value, chosen, parts.sizes, call.scale, hidden)
         state.visited(call, float(share) if device.type == "cpu" else share, "chunks")
@@ -136,13 +136,12 @@ class VMoBA(Control):
         )
         return every
 
-    def hidden(self, call: Call, order: TokenOrder) -> torch.Tensor | None:
+    def hidden(self, call: Call, state: Sparse, order: TokenOrder) -> torch.Tensor | None:
         """Hidden keys in the order of the chunks: bool (batch or 1, keys)."""
         if call.seen is None:
             return None
         if isinstance(call.seen, torch.Tensor) and call.seen.shape[1:3] == (1, 1):
-            seen = call.seen if call.seen.dtype == torch.bool else call.seen > -1000
-            return ~seen[:, 0, 0][:, order.order[0]]
+            return padded(state.padding, call.seen, lambda hidden: hidden)[:, order.order[0]]
         raise ControlError(
             f"{self.name} cannot work beside a mask that differs between queries, as another control has at "
             f"{call.site.name}: give one of the two other sites (where) or steps (window)."
