@@ -36,8 +36,8 @@ AUTOENCODER: dict[str, Any] = {
 
 TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
-    "num_attention_heads": 3,
-    "attention_head_dim": 64,
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
     "text_dim": TEXT_WIDTH,

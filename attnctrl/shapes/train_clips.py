@@ -45,7 +45,7 @@ class ClipRecipe(FlowRecipe):
     lr: float = 1e-3
     matrix_lr: float = 2e-3
     stills: float = 0.35
-    still_batch: int = 8
+    still_batch: int = 4
     shift: float = 3.0
 
 
