@@ -9,7 +9,16 @@ from attnctrl import RegionMask, control
 from attnctrl.errors import ControlError
 from attnctrl.models import call_arguments
 from attnctrl.regions import Region
-from attnctrl.shapes import VIDEO_CALL, load, models_video, pretrained, render_clip, sample_clip, scene_rng
+from attnctrl.shapes import (
+    VIDEO_CALL,
+    load,
+    measure_clips,
+    models_video,
+    pretrained,
+    render_clip,
+    sample_clip,
+    scene_rng,
+)
 from attnctrl.shapes.budget import Budget
 from attnctrl.shapes.frames import decode_frames, encode_frames
 from attnctrl.shapes.motion import FRAMES, MOTIONS
@@ -159,7 +168,7 @@ def test_latents_are_whitened_by_the_config(tmp_path):
     assert torch.allclose(latents[1].transpose(0, 1), expected, atol=0.1)
 
 
-def test_the_whole_command(tmp_path, monkeypatch):
+def test_the_whole_command(tmp_path, monkeypatch, capsys):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     line = f"video --out {tmp_path} --steps 2 2 3 --scenes 3 --batch 1 --device cpu --processes 1"
@@ -186,6 +195,10 @@ def test_the_whole_command(tmp_path, monkeypatch):
         masked = call()
     assert not torch.equal(masked, plain)
     assert torch.equal(call(), plain)
+    capsys.readouterr()
+    for what in ("autoencoder", "pipeline"):
+        measure_clips.main([what, "--base", str(path), "--clips", "1", "--steps", "1", "--device", "cpu"])
+        assert capsys.readouterr().out.startswith("1 clips: kept 0.0000, colour_kept ")
     # Where the package looks for it, it is loaded by name.
     monkeypatch.setattr(pretrained, "_WEIGHTS", tmp_path / "nothing")
     with pytest.raises(ControlError, match="'video' is not in this installation: train it by `attnctrl train-shapes"):
