@@ -41,6 +41,7 @@ class ClipRecipe(FlowRecipe):
     """
 
     batch: int = 16
+    flat: float = 0.6
     clips: int = 8_000
     lr: float = 1e-3
     matrix_lr: float = 2e-3
