@@ -171,6 +171,11 @@ class WanFamily(Family):
             keep_length(text, like[0], "Wan's image branch counts its text tokens from the end")
         return text.positive, text.negative
 
+    def required(self, pipe: Any) -> dict[str, Any]:
+        """By default the pipeline asks for 512 tokens: T5 takes any number, encoders with a table of positions not."""
+        limit = getattr(getattr(pipe.text_encoder, "config", None), "max_position_embeddings", None)
+        return {} if limit is None else {"max_sequence_length": limit}
+
     def readers(self, pipe: Any, arguments: dict[str, Any]) -> list[Reader]:
         return [Reader(pipe.tokenizer, limit=arguments["max_sequence_length"], clean=prompt_clean)]
 

@@ -4,16 +4,19 @@ Importing this needs numpy and torch only; diffusers is imported by `load`, trai
 """
 
 from .captions import phrase, prompt_for
+from .captions_video import clip_prompt
 from .detect import Detection, Found, detect
 from .layouts import Layout, sample_layout
-from .pretrained import load, weights_path
-from .render import render, thing_mask
+from .motion import MOTIONS, Clip, Mover, sample_clip
+from .pretrained import VIDEO_CALL, load, weights_path
+from .render import render, render_clip, thing_mask
 from .score import Score, bound, extra, fitted_iou, in_box, iou, leaked, neglected, present, score_image
+from .score_clip import ClipScore, score_clip
 from .world import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Scene, Thing, sample_scene, scene_rng
 
 __all__ = [
-    "BACKGROUNDS", "COLOURS", "HELD_OUT", "SHAPES", "Detection", "Found", "Layout", "Scene", "Score", "Thing",
-    "bound", "detect", "extra", "fitted_iou", "in_box", "iou", "leaked", "load", "neglected", "phrase",
-    "present", "prompt_for", "render", "sample_layout", "sample_scene", "scene_rng", "score_image", "thing_mask",
-    "weights_path",
+    "BACKGROUNDS", "COLOURS", "HELD_OUT", "MOTIONS", "SHAPES", "VIDEO_CALL", "Clip", "ClipScore", "Detection", "Found",
+    "Layout", "Mover", "Scene", "Score", "Thing", "bound", "clip_prompt", "detect", "extra", "fitted_iou", "in_box",
+    "iou", "leaked", "load", "neglected", "phrase", "present", "prompt_for", "render", "render_clip", "sample_clip",
+    "sample_layout", "sample_scene", "scene_rng", "score_clip", "score_image", "thing_mask", "weights_path",
 ]  # fmt: skip

@@ -43,6 +43,14 @@ class Crew:
 SOLO = Crew()
 
 
+def run(processes: int, out: Path, work: Callable[..., None], *arguments: Any) -> None:
+    """work(crew, *arguments) in this process, or in several that meet in the directory `out`."""
+    if processes > 1:
+        run_crew(processes, work, arguments, out / "meeting")
+    else:
+        work(SOLO, *arguments)
+
+
 def run_crew(size: int, work: Callable[..., None], arguments: tuple[Any, ...], meeting: Path) -> None:
     """Call work(crew, *arguments) in `size` new processes and wait for them.
 

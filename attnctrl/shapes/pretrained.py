@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnctrl.errors import ControlError
 
+from .motion import FRAMES
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel, SchedulerMixin
+    from transformers import CLIPTextModel
 
 _WEIGHTS = Path(__file__).parent / "weights"
 LORA = "pytorch_lora_weights.safetensors"
+VIDEO_CALL: dict[str, Any] = {"height": 128, "width": 128, "num_frames": FRAMES - 1, "max_sequence_length": 32}
+"""What a call of the pipeline "video" is to be given, for the size it was trained on.
+
+`num_frames` is one less than what comes out: where an autoencoder keeps every frame, WanPipeline adds one, and says so.
+"""
 
 
 def weights_path(name: str = "sd") -> Path:
@@ -25,13 +33,18 @@ def weights_path(name: str = "sd") -> Path:
     """
     folders = {p.parent.name: p.parent for p in sorted(_WEIGHTS.glob("*/model_index.json"))}
     folders |= {f"{p.parent.parent.name}+{p.parent.name}": p.parent for p in sorted(_WEIGHTS.glob(f"*/*/{LORA}"))}
+    if name == "video" and name not in folders:
+        raise ControlError(
+            "the shapes model 'video' is not in this installation: train it by `attnctrl train-shapes video --out DIR` "
+            "and load DIR/pipeline by WanPipeline.from_pretrained."
+        )
     if name not in folders:
         raise ControlError(f"unknown shapes model {name!r}; known: {', '.join(folders) or 'none'}.")
     return folders[name]
 
 
 def load(name: str = "sd", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DiffusionPipeline:
-    """A shipped shapes model as a stock pipeline for 128x128 images.
+    """A shipped shapes model as a stock pipeline for 128x128 images, or clips.
 
     Args:
         name: "sd" is a Stable Diffusion in miniature (DDIM, no safety checker). "dit" is a FLUX in miniature
@@ -39,20 +52,23 @@ def load(name: str = "sd", dtype: torch.dtype = torch.float32, device: str | tor
             `max_sequence_length=32`, the length of the text it was trained on, and for guidance `true_cfg_scale` with
             `negative_prompt=""`; `LayoutPipeline` and the commands see to both. "dit+entities" is the same with the
             LoRA that EliGen's masks were trained with, for `EliGen(regions, entity_tokens=8)`; `disable_lora()` and
-            `enable_lora()` of the pipeline switch it.
+            `enable_lora()` of the pipeline switch it. "video" is a Wan in miniature, of moving shapes: 9 frames, called
+            with `**VIDEO_CALL`; its text encoder is that of "sd" with further words.
         dtype: of the weights once loaded; they are stored in float16.
         device: where to put them.
 
     Raises:
         ControlError: the name is unknown, or a LoRA is asked for and peft is not installed.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, StableDiffusionPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, StableDiffusionPipeline, WanPipeline
 
     model, plus, lora = name.partition("+")
     path = weights_path(model)
     # Converted here rather than by from_pretrained, whose argument for it changed its name.
     if name == "sd":
         return StableDiffusionPipeline.from_pretrained(path, local_files_only=True).to(device, dtype)
+    if name == "video":
+        return WanPipeline.from_pretrained(path, local_files_only=True).to(device, dtype)
     adapter = weights_path(name) if plus else None
     transformer = FluxTransformer2DModel.from_pretrained(path / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler")
@@ -61,6 +77,13 @@ def load(name: str = "sd", dtype: torch.dtype = torch.float32, device: str | tor
         need_peft(f"the shapes model {name!r}")
         pipeline.load_lora_weights(adapter, weight_name=LORA, adapter_name=lora)
     return pipeline.to(device, dtype)
+
+
+def shipped_text_encoder() -> CLIPTextModel:
+    """The text encoder of "sd" in float32."""
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel.from_pretrained(weights_path("sd") / "text_encoder").float()
 
 
 def need_peft(what: str) -> None:

@@ -131,14 +131,33 @@ def render(scenes: Sequence[Scene], size: int = 128, rng: np.random.Generator | 
     Returns:
         (scenes, 3, size, size) float32 in 0..1, on the CPU.
     """
-    image = _grounds(scenes, size, rng)
+    ground = _grounds(scenes, size, rng)
+    return _drawn(scenes, ground, _colours([t for s in scenes for t in s.things], rng))
+
+
+def render_clip(scenes: Sequence[Scene], size: int = 128, rng: np.random.Generator | None = None) -> Tensor:
+    """Draw the frames of one clip: scenes with the same things in the same order, at other places.
+
+    As `render`, but ground and colours are drawn once, for the first frame, and kept.
+    """
+    ground = _grounds(scenes[:1], size, rng).repeat(len(scenes), 1, 1, 1)
+    return _drawn(scenes, ground, _colours(scenes[0].things, rng) * len(scenes))
+
+
+def _colours(things: Sequence[Thing], rng: np.random.Generator | None) -> list[Tensor]:
+    """The colour of each thing, (3,); with rng: jittered."""
+    colour = torch.tensor([PALETTE[t.colour] for t in things]).view(-1, 3)
+    if rng is not None:
+        colour = colour + torch.from_numpy(rng.uniform(-JITTER, JITTER, colour.shape)).float()
+    return list(colour)
+
+
+def _drawn(scenes: Sequence[Scene], image: Tensor, colours: Sequence[Tensor]) -> Tensor:
+    """The things of all scenes, each in its colour, on their grounds (scenes, 3, size, size), which are drawn on."""
     things = [(b, t) for b, s in enumerate(scenes) for t in s.things]
     if things:
-        windows, corners = _windows([t for _, t in things], size)
-        colour = torch.tensor([PALETTE[t.colour] for _, t in things])
-        if rng is not None:
-            colour = colour + torch.from_numpy(rng.uniform(-JITTER, JITTER, colour.shape)).float()
-        for (b, _), window, corner, c in zip(things, windows, corners, colour, strict=True):
+        windows, corners = _windows([t for _, t in things], image.shape[-1])
+        for (b, _), window, corner, c in zip(things, windows, corners, colours, strict=True):
             part, cover = _paste(image[b], window, corner)
             part.lerp_(c[:, None, None].expand_as(part), cover.expand_as(part))
     return image.clamp_(0, 1)

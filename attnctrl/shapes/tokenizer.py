@@ -1,11 +1,12 @@
 """The shapes world's tokenizer: a CLIPTokenizer in which every word of the world is one token.
 
 It was built once by `build` and is committed with the weights; everything else loads that file, because token ids
-are part of a trained model.
+are part of a trained model. The video model's has more words, and the same ids for the others.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,6 +18,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from .captions import WORDS
+from .captions_video import MOTION_WORDS
+from .captions_video import WORDS as VIDEO_WORDS
 from .models import TEXT_LENGTH
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -34,12 +37,15 @@ def byte_alphabet() -> list[str]:
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
-def merges_for(words: Sequence[str]) -> list[tuple[str, str]]:
+def merges_for(words: Sequence[str], before: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
     """Byte-pair merges that end with every word as one symbol; ties go to the alphabetically first pair.
 
     A library's BPE trainer breaks ties differently from process to process, hence this one.
+    before: merges that come first, and are not returned.
     """
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    for pair in before:
+        spelled = [_merge(s, pair) for s in spelled]
     merges: list[tuple[str, str]] = []
     while any(len(s) > 1 for s in spelled):
         counts = Counter(pair for s in spelled for pair in pairwise(s))
@@ -69,15 +75,27 @@ def build() -> CLIPTokenizer:
 
 
 def load_tokenizer(name: str = "sd") -> CLIPTokenizer:
-    """The committed tokenizer of a shapes model."""
-    return CLIPTokenizer.from_pretrained(WEIGHTS / name / "tokenizer")
+    """The tokenizer of a shapes model: the committed one, or for "video" that one with the words of motion."""
+    committed = CLIPTokenizer.from_pretrained(WEIGHTS / "sd" / "tokenizer")
+    return extended(committed, MOTION_WORDS) if name == "video" else committed
+
+
+def extended(tokenizer: CLIPTokenizer, words: Sequence[str]) -> CLIPTokenizer:
+    """A tokenizer with further words, whose ids come last; what it made of the words it had, it still makes."""
+    known = [(a, b) for a, b in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    merges = merges_for(words, known)
+    vocab = dict(tokenizer.get_vocab())
+    for symbol in (a + b for a, b in merges):
+        vocab.setdefault(symbol, len(vocab))
+    return CLIPTokenizer(vocab=vocab, merges=known + merges, model_max_length=tokenizer.model_max_length)
 
 
 @lru_cache
 def _word_ids(name: str) -> tuple[dict[str, int], int, int]:
     tokenizer = load_tokenizer(name)
     vocab = tokenizer.get_vocab()
-    return {w: vocab[w + "</w>"] for w in WORDS}, tokenizer.bos_token_id, tokenizer.eos_token_id
+    words = VIDEO_WORDS if name == "video" else WORDS
+    return {w: vocab[w + "</w>"] for w in words}, tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
 def encode_captions(captions: Sequence[str], name: str = "sd") -> Tensor:
@@ -87,7 +105,7 @@ def encode_captions(captions: Sequence[str], name: str = "sd") -> Tensor:
         (captions, 32) int64, begun by bos, ended and padded by eos.
 
     Raises:
-        KeyError: a caption holds a word that is not in `WORDS`.
+        KeyError: a caption holds a word that the model's captions never do.
         ValueError: a caption is longer than 30 tokens.
     """
     ids, bos, eos = _word_ids(name)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderTiny, FluxTransformer2DModel
-from transformers import CLIPTextModel
 
 from attnctrl.errors import ControlError
 
 from .budget import Budget
-from .crew import SOLO, Crew, run_crew
+from .crew import Crew, run
 from .export import export, export_transformer, load_vae, text_encoder
-from .pretrained import need_peft, weights_path
+from .pretrained import need_peft, shipped_text_encoder, weights_path
 from .train_autoencoder import AutoencoderRecipe, psnr, refine_decoder, train_autoencoder
+from .train_clips import ClipRecipe
 from .train_denoiser import DenoiserRecipe, encode_world, scene_latents, train_denoiser
 from .train_entities import EntityRecipe, save_lora, train_entities
 from .train_flow import FlowRecipe
 from .train_text import TextRecipe, train_text_encoder
 from .train_transformer import TransformerRecipe, train_transformer
+from .train_video import SHARES as VIDEO_SHARES
+from .train_video import train_video
 
 Recipe = TypeVar("Recipe", bound=FlowRecipe)
 
@@ -31,8 +33,9 @@ SHARES = {
     "sd": {"autoencoder": 0.19, "text": 0.02, "denoiser": 0.71, "decoder": 0.08},
     "dit": {"transformer": 1.0},
     "entities": {"entities": 1.0},
+    "video": VIDEO_SHARES,
 }
-"""Each model's stages with their parts of `--minutes`; encoding the training scenes (some minutes) comes on top."""
+"""Each model's stages with their parts of `--minutes`; encoding the scenes or clips (some minutes) comes on top."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=[80.0],
-        help=f"in all, or one number for each stage of sd ({', '.join(SHARES['sd'])})",
+        help="in all, or one number for each stage ("
+        + "; ".join(f"{name}: {', '.join(stages)}" for name, stages in SHARES.items() if len(stages) > 1)
+        + ")",
     )
     parser.add_argument(
         "--steps",
@@ -58,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps of each stage instead of minutes; reproducible",
     )
-    parser.add_argument("--scenes", type=int, help="how many scenes the last model learns from")
+    parser.add_argument("--scenes", type=int, help="how many scenes, or clips, the last model learns from")
     parser.add_argument("--batch", type=int, help="batch of the denoiser or transformer; a multiple of --processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
@@ -66,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--compile", action="store_true", help="dit, entities: train through torch.compile, a sixth faster"
+        "--compile", action="store_true", help="dit, entities, video: train through torch.compile, a sixth faster"
     )
     parser.add_argument(
         "--base", type=Path, metavar="DIR", help="entities: the folder of the dit pipeline; default: the shipped one"
@@ -120,7 +125,7 @@ def _transformer_stage(
     crew: Crew, out: Path, budget: Budget, recipe: TransformerRecipe, device: str, resume: bool
 ) -> None:
     latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
-    train_transformer(_shipped_text(), latents, out, budget, recipe, device, resume, crew)
+    train_transformer(shipped_text_encoder(), latents, out, budget, recipe, device, resume, crew)
 
 
 def _entities_stage(
@@ -128,13 +133,9 @@ def _entities_stage(
 ) -> None:
     transformer = FluxTransformer2DModel.from_pretrained(base / "transformer").float()
     latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
-    train_entities(transformer, _shipped_text(), latents, out, budget, recipe, device, resume, crew)
+    train_entities(transformer, shipped_text_encoder(), latents, out, budget, recipe, device, resume, crew)
     if crew.rank == 0:
         save_lora(transformer, out / "lora")
-
-
-def _shipped_text() -> CLIPTextModel:
-    return CLIPTextModel.from_pretrained(weights_path("sd") / "text_encoder").float()
 
 
 def _decoder_stage(crew: Crew, out: Path, budget: Budget, recipe: AutoencoderRecipe, device: str, resume: bool) -> None:
@@ -148,7 +149,9 @@ def main(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        {"sd": _train_sd, "dit": _train_dit, "entities": _train_entities}[args.name](args, budget)
+        {"sd": _train_sd, "dit": _train_dit, "entities": _train_entities, "video": _train_video}[args.name](
+            args, budget
+        )
         return 0
     finally:
         torch.set_flush_denormal(False)
@@ -160,27 +163,20 @@ def _processes(args: argparse.Namespace) -> int:
     return args.processes or max(n for n in (1, 2, 4) if n <= (os.cpu_count() or 1))
 
 
-def _run(processes: int, out: Path, stage: Callable[..., None], *work: Any) -> None:
-    if processes > 1:
-        run_crew(processes, stage, work, out / "meeting")
-    else:
-        stage(SOLO, *work)
-
-
 def _train_sd(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     out, device, resume, processes = args.out, args.device, args.resume, _processes(args)
     cuda = device != "cpu"
     images = AutoencoderRecipe(seed=args.seed, images=16 if cuda else 4)
     batch = args.batch or (128 if cuda else 16)
     noise = DenoiserRecipe(seed=args.seed, batch=batch, scenes=args.scenes or DenoiserRecipe.scenes)
-    _run(processes, out, _autoencoder_stage, out, budget["autoencoder"], images, device, resume)
+    run(processes, out, _autoencoder_stage, out, budget["autoencoder"], images, device, resume)
     vae = load_vae(out / "autoencoder.pt")
     print(f"autoencoder: {psnr(vae, 24):.2f} dB", flush=True)
     if not (resume and (out / "latents.pt").exists()):
         encode_world(vae, out, noise.scenes, device, processes)
-    _run(processes, out, _text_stage, out, budget["text"], TextRecipe(seed=args.seed), device, resume)
-    _run(processes, out, _denoiser_stage, out, budget["denoiser"], noise, device, resume)
-    _run(processes, out, _decoder_stage, out, budget["decoder"], images, device, resume)
+    run(processes, out, _text_stage, out, budget["text"], TextRecipe(seed=args.seed), device, resume)
+    run(processes, out, _denoiser_stage, out, budget["denoiser"], noise, device, resume)
+    run(processes, out, _decoder_stage, out, budget["decoder"], images, device, resume)
     print(f"autoencoder after decoder refinement: {psnr(load_vae(out / 'decoder.pt'), 24):.2f} dB", flush=True)
     export(out, out / "pipeline")
 
@@ -189,16 +185,8 @@ def _train_dit(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     """On the autoencoder and the text encoder that ship with `sd`."""
     recipe = _flow_recipe(args, TransformerRecipe, 256)
     _encode_scenes(args)
-    _run(
-        _processes(args),
-        args.out,
-        _transformer_stage,
-        args.out,
-        budget["transformer"],
-        recipe,
-        args.device,
-        args.resume,
-    )
+    work = (args.out, budget["transformer"], recipe, args.device, args.resume)
+    run(_processes(args), args.out, _transformer_stage, *work)
     export_transformer(args.out, args.out / "pipeline")
 
 
@@ -211,7 +199,15 @@ def _train_entities(args: argparse.Namespace, budget: dict[str, Budget]) -> None
     recipe = _flow_recipe(args, EntityRecipe, 128)
     _encode_scenes(args)
     work = (args.out, base, budget["entities"], recipe, args.device, args.resume)
-    _run(_processes(args), args.out, _entities_stage, *work)
+    run(_processes(args), args.out, _entities_stage, *work)
+
+
+def _train_video(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
+    """On the text encoder that ships with `sd`."""
+    recipe = _flow_recipe(args, ClipRecipe, 64)
+    recipe = replace(recipe, clips=args.scenes or recipe.clips)
+    images = AutoencoderRecipe(seed=args.seed, images=16 if args.device != "cpu" else 4)
+    train_video(args.out, budget, images, recipe, args.device, _processes(args), args.resume)
 
 
 def _flow_recipe(args: argparse.Namespace, recipe: type[Recipe], on_gpu: int) -> Recipe:

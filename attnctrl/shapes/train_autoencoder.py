@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def train_autoencoder(
     """
     torch.manual_seed(recipe.seed)
     vae = models.autoencoder().to(device, memory_format=torch.channels_last)
-    return _train(vae, recipe.lr, out / "autoencoder.pt", budget, recipe, device, resume, crew)
+    coder = _Coder(vae, recipe.latent_noise)
+    fit_autoencoder(vae, coder, recipe.lr, out / "autoencoder.pt", budget, recipe, device, resume, crew)
+    return vae
 
 
 def refine_decoder(
@@ -134,7 +137,9 @@ def refine_decoder(
     vae = vae.to(device, memory_format=torch.channels_last)
     vae.encoder.requires_grad_(False)
     shifted = replace(recipe, seed=recipe.seed + 1)
-    return _train(vae, recipe.refine_lr, out / "decoder.pt", budget, shifted, device, resume, crew)
+    coder = _Coder(vae, recipe.latent_noise)
+    fit_autoencoder(vae, coder, recipe.refine_lr, out / "decoder.pt", budget, shifted, device, resume, crew)
+    return vae
 
 
 class _Coder(nn.Module):
@@ -150,8 +155,9 @@ class _Coder(nn.Module):
         return z, self.vae.decoder(noisy) if true_decoder else models.fast_decode(self.vae.decoder, noisy)
 
 
-def _train(
-    vae: AutoencoderTiny,
+def fit_autoencoder(
+    vae: nn.Module,
+    coder: nn.Module,
     peak: float,
     path: Path,
     budget: Budget,
@@ -159,15 +165,24 @@ def _train(
     device: str,
     resume: bool,
     crew: Crew,
-) -> AutoencoderTiny:
+) -> None:
+    """Run a stage of an autoencoder to the end of its budget, with the learning rate `peak`; checkpoint at `path`.
+
+    Args:
+        vae: with parts `encoder`, frozen or not, and `decoder`; trained in place and left in evaluation mode.
+        coder: (images, noise, true_decoder) to the latents and the pictures made of them with the noise added;
+            true_decoder says that no short cut may be taken.
+        budget, recipe, device, resume, crew: as in `train_autoencoder`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    frozen_encoder = not next(vae.encoder.parameters()).requires_grad
+    frozen_encoder = not next(vae.get_submodule("encoder").parameters()).requires_grad
     optimiser = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     stage = Stage(path, budget, {"vae": vae, "optimiser": optimiser}, crew)
     if resume:
         stage.resume()
-    model = crew.wrap(_Coder(vae.train(), recipe.latent_noise))
+    vae.train()
+    model = crew.wrap(coder)
     bar = stage.bar(path.stem)
     stage.start_clock()
     while stage.progress < 1:
@@ -195,7 +210,7 @@ def _train(
         bar.update(int(1000 * stage.progress) - bar.n)
     bar.close()
     stage.save()
-    return vae.eval()
+    vae.eval()
 
 
 def fast_bfloat16(device: str) -> bool:
@@ -204,10 +219,20 @@ def fast_bfloat16(device: str) -> bool:
 
 
 def psnr(vae: AutoencoderTiny, count: int = 64, seed: int = 9) -> float:
-    """Reconstruction quality in dB (per-image mean squared error, averaged in dB) on held-out training-like scenes."""
+    """Reconstruction quality in dB of an autoencoder; see `reconstruction_psnr`."""
+    return reconstruction_psnr(lambda image: vae.decode(vae.encode(image).latents).sample, vae.device, count, seed)
+
+
+def reconstruction_psnr(
+    rebuilt: Callable[[Tensor], Tensor], device: torch.device, count: int = 64, seed: int = 9
+) -> float:
+    """Quality in dB (per-image mean squared error, averaged in dB) on `count` held-out training-like scenes.
+
+    rebuilt: what becomes of images (n, 3, 128, 128) in -1..1.
+    """
     scenes = [sample_scene(scene_rng(seed, i)) for i in range(count)]
     image = render(scenes, models.IMAGE_SIZE, scene_rng(seed, -1 % 2**32)) * 2 - 1
     with torch.no_grad():
-        out = torch.cat([vae.decode(vae.encode(part).latents).sample for part in image.to(vae.device).split(16)])
+        out = torch.cat([rebuilt(part) for part in image.to(device).split(16)])
     error = (out.clamp(-1, 1).cpu() - image).square().mean((1, 2, 3)) / 4
     return float((-10 * error.log10()).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import CLIPTextModel
 from . import models
 from .budget import Budget, Stage, learning_rate
 from .captions import training_caption
-from .crew import SOLO, Crew, run_crew
+from .crew import SOLO, Crew, run
 from .ema import Average
 from .render import render
 from .tokenizer import encode_captions
@@ -60,12 +61,16 @@ def encode_scenes(crew: Crew, vae_path: Path, part: Path, count: int, device: st
 
 def scene_latents(vae_path: Path, out: Path, count: int, device: str = "cpu", processes: int = 1) -> Tensor:
     """Latents of the first `count` training scenes under the autoencoder saved at `vae_path`: (count, 4, 16, 16)."""
+    return gathered(encode_scenes, vae_path, out, count, device, processes)
+
+
+def gathered(encode: Callable[..., None], vae_path: Path, out: Path, count: int, device: str, processes: int) -> Tensor:
+    """What `encode(crew, vae_path, part, count, device)` writes, of all processes and in order: (count, ...).
+
+    encode: a module-level function that saves {first index: latents} to `part` with its rank appended.
+    """
     part = out / "latents.part"
-    arguments = (vae_path, part, count, device)
-    if processes > 1:
-        run_crew(processes, encode_scenes, arguments, out / "meeting")
-    else:
-        encode_scenes(SOLO, *arguments)
+    run(processes, out, encode, vae_path, part, count, device)
     parts: dict[int, Tensor] = {}
     for rank in range(processes):
         parts |= torch.load(f"{part}{rank}", weights_only=True)

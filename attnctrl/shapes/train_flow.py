@@ -1,4 +1,4 @@
-"""What trainings of the joint-attention model share: flow matching between noise and the autoencoder's latents."""
+"""What trainings of diffusion transformers share: flow matching between noise and an autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from attnctrl.processors.packing import blocks_of_pictures
+from attnctrl.processors.packing import blocks_of_pictures, pictures_of_blocks
 
 from . import models
 from .budget import Stage
@@ -41,7 +41,7 @@ def flow_rate(progress: float, step: int, recipe: FlowRecipe) -> float:
 
 
 def draw_noise(recipe: FlowRecipe, step: int, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise like `clean`, (n, 4, 16, 16), and sigmas (n,): a function of (seed, step) alone.
+    """Noise like `clean`, (n, ...), and sigmas (n,): a function of (seed, step) alone.
 
     Sigmas are logit-normal, sigmoid(N(0, 1)), as Stable Diffusion 3 recommends (arXiv 2403.03206).
     """
@@ -56,15 +56,16 @@ class Velocity(nn.Module):
     def __init__(self, transformer: FluxTransformer2DModel, text: CLIPTextModel) -> None:
         super().__init__()
         self.transformer, self.text = transformer, text.requires_grad_(False)
-        height = width = models.LATENT_SIZE // 2
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        side = models.LATENT_SIZE // 2
+        self.grid = (1, side, side)
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
         self.register_buffer("places", places.float(), persistent=False)
 
     def forward(
         self, noisy: Tensor, sigmas: Tensor, ids: Tensor, entities: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Predicted velocity, noise - latents, (n, 64, 16) packed, from noisy latents (n, 4, 16, 16).
+        """Predicted velocity, noise - latents, from noisy latents, both (n, 4, 16, 16).
 
         ids: (n, tokens) of the captions. entities: (n, blocks, tokens) of texts to be encoded alone and to stand
         behind the caption. mask: bool (n, 1, all tokens, all tokens), what sees what.
@@ -85,12 +86,12 @@ class Velocity(nn.Module):
             joint_attention_kwargs=None if mask is None else {"attention_mask": mask},
             return_dict=False,
         )
-        return output[0]
+        return pictures_of_blocks(output[0], self.grid)
 
 
 def fit_velocity(
     stage: Stage,
-    velocity: Velocity,
+    velocity: nn.Module,
     draw: Callable[[int], tuple[Tensor, ...]],
     average: Average,
     optimisers: Sequence[tuple[torch.optim.Optimizer, float]],
@@ -99,21 +100,22 @@ def fit_velocity(
 ) -> None:
     """Run `stage` to the end of its budget: (velocity - (noise - latents))^2 by optimisers with their peak rates.
 
+    velocity: with a part `transformer`; from noisy latents and sigmas to predictions like the latents.
     draw: for a step, clean latents, noise, sigmas and what else `velocity` takes, each with the batch first.
     """
     trained = [p for p in velocity.parameters() if p.requires_grad]
     if recipe.compiled:
-        velocity.transformer.compile()
+        velocity.get_submodule("transformer").compile(dynamic=False)
     model = stage.crew.wrap(velocity)
     bar = stage.bar(stage.path.stem)
     smooth = None
     stage.start_clock()
     while stage.progress < 1:
         clean, noise, sigmas, *given = (stage.crew.share(t).to(device) for t in draw(stage.step))
-        mix = sigmas[:, None, None, None]
+        mix = sigmas.view(-1, *(1,) * (clean.ndim - 1))
         with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
             predicted = model((1 - mix) * clean + mix * noise, sigmas, *given)
-        loss = (predicted.float() - blocks_of_pictures(noise - clean)).square().mean()
+        loss = (predicted.float() - (noise - clean)).square().mean()
         for optimiser, rate in optimisers:
             stage.set_rate(optimiser, rate * flow_rate(stage.progress, stage.step, recipe))
             optimiser.zero_grad(set_to_none=True)

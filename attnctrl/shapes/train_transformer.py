@@ -40,13 +40,13 @@ def draw_flow(recipe: FlowRecipe, step: int, latents: Tensor, scenes: list[Scene
     return clean, *draw_noise(recipe, step, clean), ids
 
 
-def optimisers(transformer: nn.Module, recipe: TransformerRecipe) -> tuple[Muon, torch.optim.AdamW]:
+def optimisers(transformer: nn.Module, matrix_lr: float, lr: float) -> tuple[Muon, torch.optim.AdamW]:
     """Muon for the matrices of the blocks, AdamW for everything else."""
-    inside = {n: p for n, p in transformer.named_parameters() if "transformer_blocks." in n and p.ndim == 2}
+    inside = {n: p for n, p in transformer.named_parameters() if "blocks." in n and p.ndim == 2}
     outside = [p for n, p in transformer.named_parameters() if n not in inside]
     return (
-        Muon(inside.values(), lr=recipe.matrix_lr),
-        torch.optim.AdamW(outside, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
+        Muon(inside.values(), lr=matrix_lr),
+        torch.optim.AdamW(outside, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
     )
 
 
@@ -74,7 +74,7 @@ def train_transformer(
     torch.manual_seed(recipe.seed)
     transformer = models.transformer().to(device).train()
     average = Average({"transformer": transformer}, recipe.ema)
-    muon, adamw = optimisers(transformer, recipe)
+    muon, adamw = optimisers(transformer, recipe.matrix_lr, recipe.lr)
     state: dict[str, Any] = {"transformer": transformer, "average": average, "muon": muon, "adamw": adamw}
     stage = Stage(out / "transformer.pt", budget, state, crew)
     if resume:

@@ -117,6 +117,7 @@ def test_training_computes_what_the_control_computes(adapted: bool) -> None:
         velocity = Velocity(model, pipe.text_encoder)
         trained = velocity(noisy, sigmas, encode_captions(PROMPTS), *entity_inputs(REGIONS, 8))
         plain = velocity(noisy, sigmas, encode_captions(PROMPTS))
+    controlled = pictures_of_blocks(controlled, (1, 8, 8))
     torch.testing.assert_close(trained, controlled, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(trained[2], plain[2], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(trained[:2], plain[:2], atol=1e-3)

@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from attnctrl.errors import ControlError
 from attnctrl.processors.packing import blocks_of_pictures
 from attnctrl.shapes import models, pretrained
-from attnctrl.shapes.budget import Budget, Stage, learning_rate
+from attnctrl.shapes.budget import Budget, learning_rate
 from attnctrl.shapes.crew import SOLO, Crew, run_crew
 from attnctrl.shapes.ema import Average
 from attnctrl.shapes.muon import Muon, orthogonalised
@@ -20,6 +20,7 @@ from attnctrl.shapes.train_flow import Velocity
 from attnctrl.shapes.train_text import TextRecipe, train_text_encoder
 from attnctrl.shapes.train_transformer import TransformerRecipe, train_transformer
 from tests import dit
+from tests.interrupted import check_resumed
 
 IMAGES = AutoencoderRecipe(images=1, full_from=0.5)
 LATENTS = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
@@ -58,22 +59,7 @@ def entities(out, resume):
 
 @pytest.mark.parametrize("stage", [autoencoder, decoder, text, denoiser, transformer, entities])
 def test_resumed_equals_uninterrupted(stage, tmp_path, monkeypatch):
-    whole = stage(tmp_path / "whole", False).state_dict()
-    advance = Stage.advance
-
-    def stop_after_two(self):
-        advance(self)
-        if self.step == 2:
-            self.save()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Stage, "advance", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        stage(tmp_path / "halves", False)
-    monkeypatch.setattr(Stage, "advance", advance)
-    resumed = stage(tmp_path / "halves", True).state_dict()
-    for name, value in whole.items():
-        assert torch.allclose(value, resumed[name], atol=1e-6), name
+    check_resumed(stage, tmp_path, monkeypatch)
 
 
 def test_the_whole_command(tmp_path, capsys):
@@ -216,6 +202,7 @@ def test_budgets():
     assert budgets("sd", [9.0], [1, 2, 3, 4])["text"] == Budget(steps=2)
     assert budgets("entities", [9.0], [7]) == {"entities": Budget(steps=7)}
     assert budgets("dit", [9.0], None) == {"transformer": Budget(minutes=9.0)}
+    assert budgets("video", [100.0], None)["transformer"] == Budget(minutes=83.0)
     with pytest.raises(ValueError, match=r"sd has 4 stages .* but 2 numbers"):
         budgets("sd", [1.0, 2.0], None)
     with pytest.raises(ValueError, match="0 steps were given: give 1 or more"):
