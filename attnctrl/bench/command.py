@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnctrl.bench import dose, edit, fidelity, kernels, layout, overhead
+from attnctrl.bench import dose, edit, fidelity, kernels, layout, overhead, sparse
 from attnctrl.bench.compare import compare
 from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
@@ -21,7 +21,7 @@ from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
-BENCHES = (*COMPARISONS, "edit", "overhead", "kernels")
+BENCHES = (*COMPARISONS, "edit", "sparse", "overhead", "kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows that the --json file already holds")
     parser.add_argument(
         "--model",
-        default="shapes-sd",
         help="shapes-sd, shapes-dit, shapes-dit+entities (with its LoRA, for eligen{entity_tokens=8}), or a pipeline's "
-        "folder or name (default: %(default)s)",
+        "folder or name (default: shapes-sd; sparse: shapes-video)",
     )
     parser.add_argument("--images", type=_count, metavar="N", help="pictures per row; overhead, kernels: repetitions")
     parser.add_argument("--objects", type=_counts, metavar="2,3,4", help="numbers of objects, each 1 to 4")
@@ -55,13 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="bf16: run under autocast")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--param", default=dose.PARAM, help="dose: the parameter (default %(default)s)")
+    parser.add_argument("--densities", metavar="1,0.3", help="sparse: shares of the pairs (default 1,0.5,0.3,0.2,0.1)")
     parser.add_argument("--values", default=dose.VALUES, help="dose: its values (default %(default)s)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `args.bench` and print its table. Returns 0; 1 when a method failed; 2 when the request makes no sense."""
+    args.model = args.model or ("shapes-video" if args.bench == "sparse" else "shapes-sd")
     try:
-        others = {"kernels": _kernels, "overhead": _overhead, "edit": _edit}
+        others = {"kernels": _kernels, "overhead": _overhead, "edit": _edit, "sparse": _sparse}
         run = others.get(args.bench)
         results = _comparison(args, COMPARISONS[args.bench]) if run is None else run(args)
     except ControlError as error:
@@ -93,6 +94,20 @@ def _edit(args: argparse.Namespace) -> Results:
         results.resume()
     edit.measure(pipe, ways, images, settings, results)
     print(results_table(results, edit.TABLE))
+    return results
+
+
+def _sparse(args: argparse.Namespace) -> Results:
+    clips = args.images or (sparse.QUICK_IMAGES if args.quick else sparse.IMAGES)
+    densities = sparse.parse_densities(args.densities) if args.densities else sparse.DENSITIES
+    names = (args.methods or sparse.DEFAULT_METHODS).split(",")
+    settings = _settings(args, steps=24, batch=1)
+    pipe = _load(args)
+    results = _results(args, settings, images=clips, weights=fingerprint(pipe))
+    if args.resume:
+        results.resume()
+    sparse.measure(pipe, names, densities, clips, settings.steps, settings.guidance, results)
+    print(results_table(results, sparse.TABLE))
     return results
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from attnctrl.bench.edit_tasks import SIDE, EditTask
+from attnctrl.bench.likeness import psnr
 from attnctrl.shapes.detect import Detection, Found, detect
 from attnctrl.shapes.score import contains
 from attnctrl.shapes.world import PALETTE
@@ -13,12 +14,6 @@ NEAR = 0.06
 """How far, in sides of the picture, the centre of an object that stays may move."""
 MARGIN = 6
 """Pixels around what may change that are not counted as background: the edge that is blended."""
-
-
-def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
-    """Of two pictures (h, w, 3) in 0..1 over the pixels of a bool (h, w) mask; 60 at most, for equal ones."""
-    error = float(np.square(a[where] - b[where]).mean())
-    return 60.0 if error < 1e-6 else -10 * float(np.log10(error))
 
 
 def standing(found: Detection, shape: str, colour: str, box: tuple[float, float, float, float]) -> Found | None:

@@ -9,8 +9,9 @@ import pytest
 
 import attnctrl as ac
 from attnctrl.bench.edit import METHODS, parse_ways
-from attnctrl.bench.edit_score import MARGIN, edited_share, grown, kept_share, psnr, score_edit, toward
+from attnctrl.bench.edit_score import MARGIN, edited_share, grown, kept_share, score_edit, toward
 from attnctrl.bench.edit_tasks import KINDS, EditTask, make_edits
+from attnctrl.bench.likeness import psnr
 from attnctrl.bench.tasks import fitted
 from attnctrl.edits import edited
 from attnctrl.shapes.detect import detect

@@ -1,0 +1,84 @@
+"""Every sparse method at a density that is asked for, on a small video model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from attnctrl.control import Control, Where, Window
+from attnctrl.controls import (
+    Draft,
+    NeighborhoodTiles,
+    OracleBlocks,
+    Paro,
+    Radial,
+    RandomBlocks,
+    Rettention,
+    SlidingTile,
+    VMoBA,
+)
+from attnctrl.controls.sparse.common import LATENTS
+from attnctrl.controls.sparse.radial import radial_blocks
+from attnctrl.errors import ControlError
+from attnctrl.pipelines.paro import calibrate_paro
+from attnctrl.sites import Grid
+
+BLOCK = 16
+WINDOW = Window(0.25, 1.0)
+"""When all of them act: the papers' dense first steps are between 0.24 and 0.3."""
+NAMES = (
+    "oracle-blocks",
+    "draft",
+    "paro",
+    "radial",
+    "neighborhood-tiles",
+    "sliding-tile",
+    "vmoba",
+    "rettention",
+    "random-blocks",
+)
+
+
+@cache
+def radial_decay(density: float, frames: int, tokens: int, block: int) -> float:
+    """The decay of `Radial` whose mask is nearest to a density, by bisection."""
+    low, high = 0.0, float(frames)
+    for _ in range(30):
+        middle = (low + high) / 2
+        share = float(radial_blocks(frames, tokens, middle, block, sink=1).float().mean())
+        low, high = (middle, high) if share < density else (low, middle)
+    choices = (low, high)
+    shares = [float(radial_blocks(frames, tokens, c, block, sink=1).float().mean()) for c in choices]
+    return min(zip(choices, shares, strict=True), key=lambda pair: abs(pair[1] - density))[0]
+
+
+def make(name: str, density: float, grid: Grid, pipe: Any, draw: Callable[[], Any]) -> Control:
+    """A method that visits about `density` of the blocks of the latents, everywhere where latents see latents.
+
+    grid: of the latents. draw: calls `pipe` for PARO's calibration. Raises ControlError for unknown names.
+    """
+    where: Where = LATENTS
+    common: dict[str, Any] = {"window": WINDOW, "where": where, "fall_back": False}
+    blocks = {**common, "block": BLOCK}
+    frames, tokens = grid[0], grid[1] * grid[2]
+    if name == "radial":
+        return Radial(decay=radial_decay(density, frames, tokens, BLOCK), **blocks)
+    if name == "paro":
+        return Paro(calibrate_paro(pipe, draw, density, block=BLOCK), **common)
+    if name == "vmoba":
+        # Chunks of a ninth of a frame row, of the same places in all frames, and of both: as on the papers' grids.
+        area = max(1, grid[1] // 4), max(1, grid[2] // 4)
+        volume = max(1, frames // 3), max(1, grid[1] // 2), max(1, grid[2] // 2)
+        return VMoBA(mode="top", density=density, frames=1, area=area, volume=volume, **common)
+    simple = {
+        "oracle-blocks": OracleBlocks,
+        "draft": Draft,
+        "neighborhood-tiles": NeighborhoodTiles,
+        "sliding-tile": SlidingTile,
+        "random-blocks": RandomBlocks,
+        "rettention": Rettention,
+    }
+    if name not in simple:
+        raise ControlError(f'"{name}" is no sparse method with a density: choose one of {", ".join(NAMES)}.')
+    return simple[name](density=density, **blocks)

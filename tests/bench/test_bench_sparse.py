@@ -1,0 +1,123 @@
+"""`bench sparse` on an untrained video model, and its measures by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+import attnctrl as ac
+from attnctrl.bench import add_arguments, main
+from attnctrl.bench.likeness import psnr, ssim
+from attnctrl.bench.sparse import Drawn, Recall, latent_grid, parse_densities, scores
+from attnctrl.bench.sparse_ways import make, radial_decay
+from attnctrl.controls.sparse.radial import radial_blocks
+from attnctrl.shapes import models_video
+from attnctrl.shapes.measure_clips import probe_clip, rendered
+from attnctrl.shapes.pretrained import shipped_text_encoder
+from attnctrl.shapes.tokenizer import load_tokenizer
+from attnctrl.shapes.train_words import widened
+
+
+def pipeline() -> WanPipeline:
+    torch.manual_seed(0)
+    small = models_video.transformer(num_layers=1, num_attention_heads=2, ffn_dim=32)
+    for parameter in small.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)  # the outputs that begin at zero
+    pipe = WanPipeline(
+        tokenizer=load_tokenizer("video"),
+        text_encoder=widened(shipped_text_encoder(), torch.zeros(19, 128)),
+        vae=models_video.autoencoder(base_dim=8).eval(),
+        scheduler=models_video.scheduler(),
+        transformer=small.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("video")
+    pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def test_rows_of_every_method(model: str, tmp_path: Path, capsys: Any) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    file = tmp_path / "sparse.json"
+    given = ["sparse", "--model", model, "--images", "1", "--steps", "4", "--json", str(file)]
+    names = ["oracle-blocks", "radial", "paro", "vmoba", "rettention", "random-blocks"]
+    assert main(parser.parse_args([*given, "--methods", ",".join(names), "--densities", "1,0.3"])) == 0
+    rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["none", *(f"{name}@{density}" for density in ("1", "0.3") for name in names)]
+    for name in names:
+        full, thin = rows[f"{name}@1"]["metrics"], rows[f"{name}@0.3"]["metrics"]
+        assert full["psnr"]["value"] > 50 or name == "vmoba"
+        assert 0.05 < thin["visited"]["value"] < full["visited"]["value"] <= 1.0
+        assert thin["psnr"]["value"] < 60
+    recall = {name: rows[f"{name}@0.3"]["metrics"]["recall"]["value"] for name in names if name != "rettention"}
+    assert recall["oracle-blocks"] == max(recall[name] for name in ("oracle-blocks", "paro", "random-blocks"))
+    assert rows["radial@0.3"]["recall_by_layer"].keys() == {"blocks.0.attn1"}
+    assert "oracle-blocks@0.3" in capsys.readouterr().out
+
+
+def test_everything_visited_is_all_of_the_mass() -> None:
+    inner = ac.OracleBlocks(density=1.0, block=16, fall_back=False)
+    control = Recall(inner=inner, where=inner.where)
+    pipe = pipeline()
+    with ac.control(pipe, control, record=False):
+        pipe("a red circle moving left", num_inference_steps=2, **{**_call(), "guidance_scale": 1.0})
+    (masses,) = control.found.values()
+    assert masses == pytest.approx([1.0], abs=1e-5)
+
+
+def _call() -> dict[str, Any]:
+    from attnctrl.shapes import VIDEO_CALL
+
+    return {**VIDEO_CALL, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+
+
+def test_a_rendered_clip_scores_full_marks_beside_itself() -> None:
+    clip = probe_clip(0)
+    frames = Drawn(rendered(0, clip).permute(0, 2, 3, 1).double().numpy(), 1.0)
+    found = scores(clip, frames, frames)
+    assert found["kept"] == found["colour_kept"] == found["moving"] == 1.0
+    assert found["psnr"] == 60.0
+    assert found["ssim"] == pytest.approx(1.0)
+
+
+def test_likeness_by_hand() -> None:
+    black = np.zeros((16, 16, 3))
+    assert psnr(black, black + 0.1) == pytest.approx(20.0)
+    # Even pictures differ in their means alone: (2 a b + c) / (a^2 + b^2 + c).
+    grey, light = black + 0.5, black + 0.6
+    assert ssim(grey, light) == pytest.approx((2 * 0.3 + 1e-4) / (0.61 + 1e-4))
+    noise = np.random.default_rng(0).random((2, 16, 16, 3))
+    assert ssim(noise, noise) == pytest.approx(1.0)
+    assert ssim(noise, 1 - noise) < 0
+
+
+def test_densities() -> None:
+    assert parse_densities("1,0.3") == (1.0, 0.3)
+    for text in ("0", "1.5", "x", ""):
+        with pytest.raises(ac.ControlError, match="above 0 and at most 1"):
+            parse_densities(text)
+
+    def share(density: float) -> float:
+        return float(radial_blocks(9, 64, radial_decay(density, 9, 64, 16), 16, sink=1).float().mean())
+
+    # On so few and small frames its rule leaves three quarters: neighbours whole, and a block to each side elsewhere.
+    assert share(1.0) == 1.0
+    assert share(0.3) == pytest.approx(0.773, abs=1e-3)
+    pipe = pipeline()
+    assert latent_grid(pipe) == (9, 8, 8)
+    with pytest.raises(ac.ControlError, match="choose one of oracle-blocks"):
+        make("loco", 0.3, (9, 8, 8), pipe, lambda: None)
