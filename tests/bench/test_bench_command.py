@@ -104,6 +104,7 @@ def test_fidelity_gives_nouns_and_no_boxes(bench: Any) -> None:
         "bundled-attention",
         "dynamic-prompt",
         "opti-prune",
+        "semantic-protection",
     ]
     assert {"present", "bound", "extra", "neglected", "leaked"} <= set(found["rows"][1]["metrics"])
     assert {"bound_common", "bound_held_out"} <= set(found["rows"][1]["metrics"])  # the fifth has an untrained pair

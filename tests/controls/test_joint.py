@@ -17,7 +17,9 @@ from tests.probes import REGIONS, Output, Probs
 from tests.transformers import FAMILIES, draw
 from tests.videos import VIDEOS
 
-NAMES = tuple(name for name, entry in REGISTRY.items() if entry.task in ("layout", "fidelity"))
+SEPARATE = ("semantic-protection",)
+"""Those that need layers of self-attention and others for text, and say so elsewhere."""
+NAMES = tuple(n for n, entry in REGISTRY.items() if entry.task in ("layout", "fidelity") and n not in SEPARATE)
 MODELS = {**{name: FAMILIES[name] for name in ("flux", "sd3", "qwen")}, "cogvideox": VIDEOS["cogvideox-rotary"]}
 LOSSES = tuple(name for name in NAMES if "loss" in REGISTRY[name].make(()).points())
 ATTENTION = tuple(name for name in NAMES if name not in LOSSES and name != "opti-prune")
@@ -79,6 +81,13 @@ def latents_of(model: str, tokens: torch.Tensor) -> torch.Tensor:
     frames, height, width = MODELS[model].grid
     count = frames * height * width
     return tokens[:, :, :count] if model == "sd3" else tokens[:, :, -count:]
+
+
+@every_model
+@pytest.mark.parametrize("name", SEPARATE)
+def test_it_says_that_it_needs_separate_layers(name: str, model: str) -> None:
+    with pytest.raises(ac.ControlError, match="which this model has not: use RegionMask"):
+        pictures(model, name)
 
 
 def test_the_table_holds_what_it_should() -> None:

@@ -101,7 +101,7 @@ def test_padding_beside_groups_is_hidden_once_for_all_layers() -> None:
     for _ in range(2):
         call = joint_call(GRID, TEXT, 2, 8, padding=padding[:1])
         output = attend(call, work(call, Mask(make=lambda call: TWO)))
-        made.append(TWO.memo["padded"].groups)
+        made.append(TWO.memo["padded"].result)
         probs = probabilities(call.query, call.key, TWO.dense() & padding, call.scale)
         torch.testing.assert_close(output, probs @ call.value, atol=1e-5, rtol=1e-5)
     assert made[0] is made[1]

@@ -96,8 +96,11 @@ class SemanticProtection(Control):
         member = words.group[:, None] == torch.arange(count, device=sampling.device)[None, :, None]
         tokens = torch.einsum("bcw,bwt->bct", member.float(), words.tokens.float()) > 0
         nouns = torch.einsum("bcw,bwt->bct", (member & words.noun[:, None]).float(), words.tokens.float()) > 0
-        if not Where(("self",), near=self.near).select(sampling.sites, sampling.latent_grid):
-            raise ControlError("SemanticProtection reads self-attention, and this model has none apart from its text.")
+        if {"cross", "self"} - {site.kind for site in sampling.sites}:
+            raise ControlError(
+                "SemanticProtection reads self-attention and masks text keys, each in layers of its own, which this model "
+                "has not: use RegionMask with regions."
+            )
         return State(tokens, nouns)
 
     def noise(self, noise: torch.Tensor, sampling: Sampling, state: State) -> torch.Tensor:
