@@ -98,8 +98,8 @@ class SemanticProtection(Control):
         nouns = torch.einsum("bcw,bwt->bct", (member & words.noun[:, None]).float(), words.tokens.float()) > 0
         if {"cross", "self"} - {site.kind for site in sampling.sites}:
             raise ControlError(
-                "SemanticProtection reads self-attention and masks text keys, each in layers of its own, which this model "
-                "has not: use RegionMask with regions."
+                "SemanticProtection reads self-attention and masks text keys, each in layers of its own, which this "
+                "model has not: use RegionMask with regions."
             )
         return State(tokens, nouns)
 
