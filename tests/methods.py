@@ -54,6 +54,7 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "rettention": [],
     "vmoba": [],
     "agent-attention": [{"ratio": 0.0, "agents_until": 0.0}, {"ratio": 0.0, "agent_ratio": 0.0}],
+    "planned": [],
     "random-blocks": [],
     "oracle-blocks": [],
 }

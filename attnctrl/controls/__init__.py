@@ -40,6 +40,7 @@ from attnctrl.controls.sparse.draft import Draft
 from attnctrl.controls.sparse.neighborhood_tiles import NeighborhoodTiles
 from attnctrl.controls.sparse.oracle_blocks import OracleBlocks
 from attnctrl.controls.sparse.paro import Paro
+from attnctrl.controls.sparse.planned import Planned
 from attnctrl.controls.sparse.radial import Radial
 from attnctrl.controls.sparse.random_blocks import RandomBlocks
 from attnctrl.controls.sparse.rettention import Rettention
@@ -116,6 +117,7 @@ REGISTRY = {
         Method("rettention", Rettention, "sparse"),
         Method("vmoba", VMoBA, "sparse"),
         Method("agent-attention", AgentAttention, "sparse"),
+        Method("planned", Planned, "sparse"),
         Method("random-blocks", RandomBlocks, "sparse"),
         Method("oracle-blocks", OracleBlocks, "sparse"),
     )
@@ -157,6 +159,7 @@ __all__ = [
     "NeighborhoodTiles",
     "OracleBlocks",
     "Paro",
+    "Planned",
     "Radial",
     "RandomBlocks",
     "Refocus",

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import WanPipeline
 
 import attnctrl as ac
 from attnctrl.bench import add_arguments, main
@@ -18,28 +16,8 @@ from attnctrl.bench.likeness import psnr, ssim
 from attnctrl.bench.sparse import Drawn, Recall, latent_grid, parse_densities, scores
 from attnctrl.bench.sparse_ways import make, radial_decay
 from attnctrl.controls.sparse.radial import radial_blocks
-from attnctrl.shapes import models_video
 from attnctrl.shapes.measure_clips import probe_clip, rendered
-from attnctrl.shapes.pretrained import shipped_text_encoder
-from attnctrl.shapes.tokenizer import load_tokenizer
-from attnctrl.shapes.train_words import widened
-
-
-def pipeline() -> WanPipeline:
-    torch.manual_seed(0)
-    small = models_video.transformer(num_layers=1, num_attention_heads=2, ffn_dim=32)
-    for parameter in small.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)  # the outputs that begin at zero
-    pipe = WanPipeline(
-        tokenizer=load_tokenizer("video"),
-        text_encoder=widened(shipped_text_encoder(), torch.zeros(19, 128)),
-        vae=models_video.autoencoder(base_dim=8).eval(),
-        scheduler=models_video.scheduler(),
-        transformer=small.eval(),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+from tests.video_model import draw, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +52,9 @@ def test_everything_visited_is_all_of_the_mass() -> None:
     control = Recall(inner=inner, where=inner.where)
     pipe = pipeline()
     with ac.control(pipe, control, record=False):
-        pipe("a red circle moving left", num_inference_steps=2, **{**_call(), "guidance_scale": 1.0})
+        draw(pipe)
     (masses,) = control.found.values()
     assert masses == pytest.approx([1.0], abs=1e-5)
-
-
-def _call() -> dict[str, Any]:
-    from attnctrl.shapes import VIDEO_CALL
-
-    return {**VIDEO_CALL, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
 
 
 def test_a_rendered_clip_scores_full_marks_beside_itself() -> None:
