@@ -9,6 +9,7 @@ import torch
 
 import attnctrl as ac
 from attnctrl.controls.sparse.paro_plan import ParoPlan, SitePlan, packed
+from attnctrl.controls.sparse.plan import FULL, Choice, Pattern, SparsePlan
 from attnctrl.sites import Grid, Site
 from tests.sparse.calls import GRID, SITES
 
@@ -28,6 +29,13 @@ def plan(grid: Grid = GRID, sites: tuple[Site, ...] = SITES, heads: int = 2, ful
     return ParoPlan(16, float(kept.float().mean()), 4, made)
 
 
+def by_head(grid: Grid, sites: tuple[Site, ...], heads: int, density: float) -> SparsePlan:
+    """A plan by which every other head is drafted and the rest is full."""
+    drafted = Pattern("draft", (("density", density), ("block", 16)))
+    choices = tuple(Choice(head % 2, 0.0, 1.0, 1.0) for head in range(heads))
+    return SparsePlan(grid, 1, (Pattern(FULL), drafted), {site.name: (choices,) for site in sites})
+
+
 def sparse_controls(grid: Grid = GRID, sites: tuple[Site, ...] = SITES, heads: int = 2) -> dict[str, ac.Control]:
     """Every method of blocks and chunks, with blocks of 16 tokens, at a low density."""
     return {
@@ -38,6 +46,7 @@ def sparse_controls(grid: Grid = GRID, sites: tuple[Site, ...] = SITES, heads: i
         "draft": ac.Draft(density=0.2, block=16, **SMALL),
         "draft, mass": ac.Draft(mass=0.3, scope="row", block=16, **SMALL),
         "paro": ac.Paro(plan(grid, sites, heads), **SMALL),
+        "planned": ac.Planned(by_head(grid, sites, heads, 0.2), **SMALL),
         "rettention": ac.Rettention(density=0.2, block=16, **SMALL),
         "vmoba": ac.VMoBA(mode="top", density=0.2, frames=1, volume=(2, 3, 4), **SMALL),
         "vmoba, threshold": ac.VMoBA(threshold=0.1, frames=1, area=(2, 2), **SMALL),
@@ -54,6 +63,7 @@ def full_controls(grid: Grid = GRID, sites: tuple[Site, ...] = SITES, heads: int
         "sliding-tile": ac.SlidingTile(density=1.0, block=16, **SMALL),
         "draft": ac.Draft(density=1.0, block=16, **SMALL),
         "paro": ac.Paro(plan(grid, sites, heads, full=True), **SMALL),
+        "planned": ac.Planned(by_head(grid, sites, heads, 1.0), **SMALL),
         "rettention": ac.Rettention(density=1.0, block=16, **SMALL),
         "vmoba": ac.VMoBA(mode="top", density=1.0, **SMALL),
         "vmoba, threshold": ac.VMoBA(threshold=1.0, **SMALL),

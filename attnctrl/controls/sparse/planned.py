@@ -78,18 +78,20 @@ class Planned(Control):
         numbers = torch.tensor([choice.pattern for choice in choices])
         if not numbers.any():
             return None
-        output, key = torch.empty_like(call.query), (call.site.name, call.step.index, call.branch)
-        share = 0.0
+        key, parts, share = (call.site.name, call.step.index, call.branch), [], 0.0
         for number in numbers.unique().tolist():
             heads = (numbers == number).nonzero().flatten().to(call.query.device)
             some, made = of_heads(call, heads), state.patterns[number]
             result = None if made is None else made[0].attend(some, made[1])
-            visited = 1.0
+            parts.append((heads, some, result))
+            share += len(heads) / len(choices) * (1.0 if result is None else float(state.report.visits[key].share))
+        if all(result is None for _, _, result in parts):
+            state.visited(call, 1.0, "full", state.report.visits[key].why)
+            return None
+        output = torch.empty_like(call.query)
+        for heads, some, result in parts:
             if result is None:
                 result = masked_attention(some.query, some.key, some.value, some.seen, call.scale)
-            else:
-                visited = float(state.report.visits[key].share)
             output[:, heads] = result
-            share += visited * len(heads) / len(choices)
         state.visited(call, share, "planned")
         return output
