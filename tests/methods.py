@@ -46,6 +46,7 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "ale-edit": [],
     "multi-mask-inpaint": [{"weight": 0.0}],
     "semantic-protection": [],
+    "soft-pag": [{"scale": 0.0}, {"strength": 0.0}, {"heads": ()}],
     "radial": [],
     "neighborhood-tiles": [],
     "sliding-tile": [],

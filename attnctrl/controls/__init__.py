@@ -26,6 +26,7 @@ from attnctrl.controls.fidelity.dynamic_prompt import DynamicPrompt
 from attnctrl.controls.fidelity.init_no import InitNO
 from attnctrl.controls.fidelity.opti_prune import OptiPrune
 from attnctrl.controls.fidelity.semantic_protection import SemanticProtection
+from attnctrl.controls.guidance.soft_pag import SoftPAG
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
@@ -108,6 +109,7 @@ REGISTRY = {
         Method("mutual-self-attention", MutualSelfAttention, "editing"),
         Method("ale-edit", AleEdit, "editing"),
         Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
+        Method("soft-pag", SoftPAG, "guidance"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -164,6 +166,7 @@ __all__ = [
     "RegionPrompts",
     "RegionalFlux",
     "SemanticProtection",
+    "SoftPAG",
     "SourceBlend",
     "SourceGuidance",
     "TowardNoise",
