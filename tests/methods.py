@@ -47,6 +47,8 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "multi-mask-inpaint": [{"weight": 0.0}],
     "semantic-protection": [],
     "soft-pag": [{"scale": 0.0}, {"strength": 0.0}, {"heads": ()}],
+    "self-attention-guidance": [{"scale": 0.0}],
+    "semantic-cfg": [{"weight": 0.0}],
     "radial": [],
     "neighborhood-tiles": [],
     "sliding-tile": [],

@@ -26,6 +26,8 @@ from attnctrl.controls.fidelity.dynamic_prompt import DynamicPrompt
 from attnctrl.controls.fidelity.init_no import InitNO
 from attnctrl.controls.fidelity.opti_prune import OptiPrune
 from attnctrl.controls.fidelity.semantic_protection import SemanticProtection
+from attnctrl.controls.guidance.self_attention_guidance import SelfAttentionGuidance
+from attnctrl.controls.guidance.semantic_cfg import SemanticCFG
 from attnctrl.controls.guidance.soft_pag import SoftPAG
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
@@ -110,6 +112,8 @@ REGISTRY = {
         Method("ale-edit", AleEdit, "editing"),
         Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
         Method("soft-pag", SoftPAG, "guidance"),
+        Method("self-attention-guidance", SelfAttentionGuidance, "guidance"),
+        Method("semantic-cfg", SemanticCFG, "guidance"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -167,6 +171,8 @@ __all__ = [
     "RegionalFlux",
     "SemanticProtection",
     "SoftPAG",
+    "SelfAttentionGuidance",
+    "SemanticCFG",
     "SourceBlend",
     "SourceGuidance",
     "TowardNoise",
