@@ -42,9 +42,7 @@ def test_heads_are_chosen_by_layer_by_block_and_one_by_one() -> None:
     assert choose(sites[:1], None) == {"a.0": None}
     assert choose(sites, ["m"]) == {"m.0": None, "m.1": None}
     assert choose(sites, [("a.0", 3), ("a.0", 1), "m.1", ("m.1", 0)]) == {"a.0": (1, 3), "m.1": None}
-    with pytest.raises(
-        ac.ControlError, match=r'"m\.2" is no layer that it can act on: the layers are a\.0, m\.0, m\.1'
-    ):
+    with pytest.raises(ac.ControlError, match=r'"m\.2" is no layer that .*: the layers are a\.0, m\.0, m\.1'):
         choose(sites, ["m.2"])
 
 

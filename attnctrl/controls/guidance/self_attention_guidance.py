@@ -46,10 +46,8 @@ def blurred(pictures: torch.Tensor, size: int, sigma: float) -> torch.Tensor:
         at = torch.arange(-reach, reach + 1, dtype=flat.dtype, device=flat.device)
         line = (-0.5 * (at / sigma) ** 2).exp()
         line = line / line.sum()
-        pad = (reach, reach, 0, 0) if axis == -1 else (0, 0, reach, reach)
-        flat = F.conv2d(
-            F.pad(flat, pad, mode="reflect"), line.view(1, 1, 1, -1) if axis == -1 else line.view(1, 1, -1, 1)
-        )
+        pad, form = ((reach, reach, 0, 0), (1, 1, 1, -1)) if axis == -1 else ((0, 0, reach, reach), (1, 1, -1, 1))
+        flat = F.conv2d(F.pad(flat, pad, mode="reflect"), line.view(form))
     return flat.reshape(pictures.shape)
 
 

@@ -104,15 +104,16 @@ class SemanticCFG(Control):
     """Semantic-aware classifier-free guidance (Shen et al., CVPR 2024): all regions are guided equally strongly.
 
     Each latent pixel belongs to the text token whose attention map, carried on by self-attention, is largest relative
-    to its mean. Where n is the norm of cond - uncond over channels, a region's guidance scale is multiplied by the mean
-    n of the foreground over the region's, between 0.8 and 3 and such that the scale ends at `ceiling`. The foreground is
-    where, in the unconditional branch, the first token's map is not the largest. No further prediction is made.
+    to its mean. Where n is the norm of cond - uncond over channels, a region's guidance scale is multiplied by the
+    mean n of the foreground over the region's, between 0.8 and 3 and such that the scale ends at `ceiling`. The
+    foreground is where, in the unconditional branch, the first token's map is not the largest. No further prediction
+    is made.
 
     Departures: of equal maps the first token gets the pixel, where the code counts it twice; a foreground of nothing is
-    the whole picture; grids nearest to the shares 1/16 and 1/64 of the latents, so any size. In models with joint
-    attention, and in those whose text has no start token, the first token is whichever opens the unconditional text, and
-    the maps are shares of the attention to text. Where a layer with text has no self-attention before it (SANA), its map
-    is not carried on. All these layers' maps are kept until the step ends: narrow `where` on large transformers.
+    the whole picture; grids nearest to the shares 1/16 and 1/64 of the latents, so any size. In joint attention the
+    maps are shares of the attention to text; where text has no start token, the first token is whichever opens the
+    unconditional text. Where a layer with text has no self-attention before it (SANA), its map is not carried on. All
+    these layers' maps are kept until the step ends: narrow `where` on large transformers.
     Needs classifier-free guidance. Families: all.
     """
 
