@@ -1,4 +1,4 @@
-"""The command line: attnctrl layout | edit | methods | bench | train-shapes."""
+"""The command line: attnctrl layout | edit | headhunt | methods | bench | train-shapes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from attnctrl.errors import ControlError
 COMMANDS = {
     "layout": ("attnctrl.commands.layout", "draw a prompt with objects in their regions"),
     "edit": ("attnctrl.commands.edit", "change a given picture by changing its prompt"),
+    "headhunt": ("attnctrl.commands.headhunt", "search the attention heads whose perturbation guides best"),
     "methods": ("attnctrl.commands.methods", "list the methods with their parameters"),
     "bench": ("attnctrl.bench", "measure methods, side by side, on the shapes world"),
     "train-shapes": ("attnctrl.shapes.train", "train a shipped model anew"),
