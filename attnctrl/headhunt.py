@@ -81,10 +81,10 @@ def objective_of(name: str) -> Objective:
         else:
             module = importlib.import_module(place or name)
         found = getattr(module, function if colon else "")
-    except (ImportError, AttributeError, FileNotFoundError):
+    except (ImportError, AttributeError, FileNotFoundError) as error:
         raise ControlError(
             f'objective "{name}" is unknown: choose {", ".join(OBJECTIVES)}, module:function or file.py:function.'
-        ) from None
+        ) from error
     return lambda picture, query: float(found(picture, query.prompt))
 
 

@@ -64,7 +64,9 @@ def test_objectives_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def bright(picture, prompt):\n    return picture.mean() + len(prompt)\n")
     assert objective_of(f"{tmp_path / 'mine.py'}:bright")(np.ones((2, 2, 3)), Query("four", 0)) == 5.0
     for wrong in ("nonsense", "math:nothing", f"{tmp_path / 'none.py'}:f"):
-        with pytest.raises(ac.ControlError, match="is unknown: choose well-formed, bound, module:function or file.py"):
+        with pytest.raises(
+            ac.ControlError, match=r"is unknown: choose well-formed, bound, module:function or file\.py"
+        ):
             objective_of(wrong)
 
 
