@@ -22,8 +22,9 @@ def make_controls(
 ) -> list[Control]:
     """The controls that `methods` names, each with its share of `overrides`.
 
-    task: what the methods must be for; those of guidance always fit. subject: what the task is about, by the name of the
-    field that takes it; a method without such a field does not need it. With several methods a parameter must belong to exactly one of them.
+    task: what the methods must be for; those of guidance always fit. subject: what the task is about, by the name of
+    the field that takes it; a method without such a field does not need it. With several methods a parameter must
+    belong to exactly one of them.
     Raises ControlError otherwise.
     """
     given = [methods] if isinstance(methods, str | Control) else list(methods)
