@@ -123,7 +123,8 @@ def param(default: Any, text: str, low: float | None = None, high: float | None 
 class Control:
     """Base of every method. Subclass it once, override the points the method needs, and register it.
 
-    window: which part of the run. where: which attention sites. branches: which guidance branches.
+    window: which part of the run. where: which attention sites. branches: which guidance branches, of "cond", "uncond"
+    and "again", the further predictions under controls that the control itself asks for in its guide point.
     """
 
     paper: ClassVar[str] = ""
@@ -169,6 +170,10 @@ class Control:
         For controls whose `context` added tokens to the text, which must be hidden elsewhere.
         """
         return step.progress in self.window and branch in self.branches
+
+    def sites(self, sampling: Sampling) -> list[Site]:
+        """The sites at which the attention points are asked, once `begin` has checked the input: by default `where`."""
+        return self.where.select(sampling.sites, sampling.latent_grid)
 
     def begin(self, sampling: Sampling) -> Any:
         """Called once per sampling, when the latent grid is known: check the input, return this run's state."""

@@ -22,11 +22,15 @@ class Crop:
 
 
 class Again(Protocol):
-    """Runs the denoiser once more in this step, without controls.
+    """Runs the denoiser once more in this step, without controls or under those of the run.
 
     context: other text embeddings (pictures, tokens, channels); by default the branch's own, without what controls put
     behind it. pooled: with them, for models that take one, (pictures, channels). crop: draw this part alone, rather
     than all pictures. branch: "cond" or "uncond". Returns a prediction like those of `Prediction`, of the crop's size.
+    controlled: under the attention points of all controls, as the branch itself was predicted; those of the control
+    that asks take part if its `branches` name "again". Not with other text or a part of the picture.
+    clean_change: (batch, channels, height, width), added to the clean picture in the denoiser's input, whose noise
+    stays.
     Raises ControlError for crops of models that cannot draw them.
     """
 
@@ -37,6 +41,8 @@ class Again(Protocol):
         pooled: torch.Tensor | None = None,
         crop: Crop | None = None,
         branch: str = "cond",
+        controlled: bool = False,
+        clean_change: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -47,6 +53,8 @@ class Prediction:
     uncond is None without classifier-free guidance. combined: what the pipeline made of the two and the scheduler
     would get. again: further predictions. toward: the prediction under which a picture (batch or 1, channels, height,
     width) of clean latents is what the denoiser sees without its noise. toward_noise: likewise for the noise.
+    clean: the picture that a prediction takes for what the denoiser sees without its noise, the inverse of `toward`.
+    own: the conditional prediction as the denoiser made it, whatever earlier controls wanted.
     """
 
     cond: torch.Tensor
@@ -55,6 +63,8 @@ class Prediction:
     again: Again
     toward: Callable[[torch.Tensor], torch.Tensor]
     toward_noise: Callable[[torch.Tensor], torch.Tensor]
+    clean: Callable[[torch.Tensor], torch.Tensor]
+    own: torch.Tensor
 
     @property
     def scale(self) -> float:

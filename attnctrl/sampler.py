@@ -47,6 +47,7 @@ class Sampler:
         self.numbered: list[TokenGroups] = []
         self.inner = False
         self.silent = False
+        self.asking: tuple[Active, str] | None = None  # who asked for a further prediction, of which branch
         self.rows = self.text = 0
 
     # the denoiser's call -------------------------------------------------------------------------------------
@@ -136,6 +137,8 @@ class Sampler:
         pictures = self.sampling.batch
         if self.reader is not None:
             return (Branch("cond", slice(0, pictures)),)
+        if self.asking is not None:
+            return (Branch(self.asking[1], slice(0, pictures)),)
         return self.family.branches(self.rows, pictures, self.calls - 1)
 
     def conditional_rows(self) -> slice:
@@ -150,10 +153,16 @@ class Sampler:
             return None
         here = self.sampling.by_site.get(site.name, ())
         branches = self.branches()
-        active = {b.name: tuple(a for a in here if a.control.acts(step, b.name, a.state)) for b in branches}
+        asks = None if self.asking is None else self.asking[0]
+        active = {
+            b.name: tuple(a for a in here if a.control.acts(step, "again" if a is asks else b.name, a.state))
+            for b in branches
+        }
         controlled = any(active.values())
         if self.reader is not None:
             observe: Any = self.reader if site.name in self.reader.names else None
+        elif self.asking is not None:
+            observe = None  # maps are of the step's own prediction
         else:
             recorder = self.recorder
             conditional = any(branch.name == "cond" for branch in branches)
@@ -189,7 +198,7 @@ class Sampler:
             active = Active(index, control, state, frozenset(control.points()))
             sampling.active.append(active)
             if active.points & set(ATTENTION_POINTS):
-                for site in control.where.select(sampling.sites, sampling.latent_grid):
+                for site in control.sites(sampling):
                     sampling.by_site.setdefault(site.name, []).append(active)
         if not self.family.compiled:
             self.recorder = Recorder.make(sampling, self.run.controls, self.run.record, installation.foreign)
@@ -208,10 +217,13 @@ class Sampler:
         return self.denoiser(*args, **kwargs)
 
     @contextmanager
-    def inside(self, silent: bool = False) -> Iterator[None]:
-        """While the denoiser is called by us: hooks pass, and with `silent` no control acts."""
-        self.inner, self.silent = True, silent
+    def inside(self, silent: bool = False, asking: tuple[Active, str] | None = None) -> Iterator[None]:
+        """While the denoiser is called by us: hooks pass, and with `silent` no control acts.
+
+        asking: the control that wants a further prediction of the branch of this name, under all controls.
+        """
+        self.inner, self.silent, self.asking = True, silent, asking
         try:
             yield
         finally:
-            self.inner, self.silent = False, False
+            self.inner, self.silent, self.asking = False, False, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -154,11 +155,14 @@ def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor
         _seen(family, sampler.predicted["cond"], grid),
         None if uncond is None else _seen(family, uncond, grid),
         family.unpacked(combined, grid),
-        partial(_again, sampler),
+        partial(_again, sampler, None),
         lambda clean: sampler.schedule.prediction(clean, drawn(), step),
         lambda noise: sampler.schedule.prediction_of_noise(noise, drawn(), step),
+        lambda made: sampler.schedule.clean(made, drawn(), step),
+        _seen(family, sampler.predicted["cond"], grid),
     )
     for one in sampler.active_at("guide", step):
+        prediction = replace(prediction, again=partial(_again, sampler, one))
         with sampler.sampling.report.timed(one.index, one.control.name, "guide", step.index):
             prediction = prediction.after(one.control.guide(prediction, step, one.state))
     return family.packed(prediction.combined, grid).to(combined.dtype)
@@ -171,15 +175,32 @@ def _seen(family: Family, output: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 def _again(
     sampler: Sampler,
+    one: Active | None,
     context: torch.Tensor | None = None,
     *,
     pooled: torch.Tensor | None = None,
     crop: Crop | None = None,
     branch: str = "cond",
+    controlled: bool = False,
+    clean_change: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `Again`."""
+    """See `Again`; `one` asks."""
     family, sampling, grid = sampler.family, sampler.sampling, sampler.sampling.latent_grid
     args, kwargs = sampler.asked[branch]
+    if clean_change is not None:
+        assert sampling.step is not None
+        moved = family.sample(args, kwargs).clone()
+        view = family.latents(moved, grid)
+        view += family.packed(sampler.schedule.clean_scale(sampling.step) * clean_change, grid).to(view.dtype)
+        args, kwargs = family.with_sample(args, kwargs, moved)
+    if controlled:
+        assert one is not None
+        if context is not None or pooled is not None or crop is not None:
+            raise ControlError(
+                f"{one.control.name} asks for other text or a part of the picture under controls, which were made for "
+                "the text and the picture of the run: ask without `controlled`."
+            )
+        return _as_predicted(sampler, one, branch, args, kwargs)
     if crop is not None:
         args, kwargs = family.picked(args, kwargs, sampling.batch, crop.pictures)
         args, kwargs = family.with_crop(args, kwargs, grid, crop.rows, crop.columns)
@@ -194,3 +215,15 @@ def _again(
         kwargs = family.with_extra(kwargs, MASKS, {})
     with sampler.inside(silent=True):
         return _seen(family, family.output(sampler.forward(args, kwargs, None, context)), grid)
+
+
+def _as_predicted(sampler: Sampler, one: Active, branch: str, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """A further prediction of a branch under all controls; `one` asks."""
+    family, sampling, text = sampler.family, sampler.sampling, sampler.text
+    # Of separate calls the last one's text may have had another length.
+    sampler.text = family.text_tokens(args, kwargs, slice(0, sampling.batch))
+    try:
+        with sampler.inside(asking=(one, branch)):
+            return _seen(family, family.output(sampler.forward(args, kwargs, None, None)), sampling.latent_grid)
+    finally:
+        sampler.text = text

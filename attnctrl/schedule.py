@@ -62,6 +62,20 @@ class Schedule:
         kept = self._kept(step)
         return self._of((sample - (1 - kept) ** 0.5 * noise) / kept**0.5, noise, kept)
 
+    def clean(self, prediction: torch.Tensor, sample: torch.Tensor, step: Step) -> torch.Tensor:
+        """The picture that `prediction` takes for what is in the denoiser's input `sample`: undoes `prediction`."""
+        prediction, sample = prediction.float(), sample.float()
+        if self.flow:
+            return sample - self._sigma(step) * prediction
+        kept, kind = self._kept(step), self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return (sample - (1 - kept) ** 0.5 * prediction) / kept**0.5
+        return prediction if kind == "sample" else kept**0.5 * sample - (1 - kept) ** 0.5 * prediction
+
+    def clean_scale(self, step: Step) -> float:
+        """What the clean picture is multiplied by in the denoiser's input."""
+        return 1 - self._sigma(step) if self.flow else self._kept(step) ** 0.5
+
     @property
     def flow(self) -> bool:
         """Whether the model draws by rectified flow."""

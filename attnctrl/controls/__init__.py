@@ -26,6 +26,9 @@ from attnctrl.controls.fidelity.dynamic_prompt import DynamicPrompt
 from attnctrl.controls.fidelity.init_no import InitNO
 from attnctrl.controls.fidelity.opti_prune import OptiPrune
 from attnctrl.controls.fidelity.semantic_protection import SemanticProtection
+from attnctrl.controls.guidance.self_attention_guidance import SelfAttentionGuidance
+from attnctrl.controls.guidance.semantic_cfg import SemanticCFG
+from attnctrl.controls.guidance.soft_pag import SoftPAG
 from attnctrl.controls.layout.dense_diffusion import DenseDiffusion
 from attnctrl.controls.layout.eligen import EliGen
 from attnctrl.controls.layout.layout_guidance import LayoutGuidance
@@ -109,6 +112,9 @@ REGISTRY = {
         Method("mutual-self-attention", MutualSelfAttention, "editing"),
         Method("ale-edit", AleEdit, "editing"),
         Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
+        Method("soft-pag", SoftPAG, "guidance"),
+        Method("self-attention-guidance", SelfAttentionGuidance, "guidance"),
+        Method("semantic-cfg", SemanticCFG, "guidance"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -167,6 +173,9 @@ __all__ = [
     "RegionPrompts",
     "RegionalFlux",
     "SemanticProtection",
+    "SoftPAG",
+    "SelfAttentionGuidance",
+    "SemanticCFG",
     "SourceBlend",
     "SourceGuidance",
     "TowardNoise",

@@ -10,6 +10,8 @@ from attnctrl.controls import Method, method
 from attnctrl.errors import ControlError
 
 FREE = ("window", "where")
+ANY_TASK = "guidance"
+"""Methods of this task go with every other."""
 
 
 def make_controls(
@@ -20,8 +22,9 @@ def make_controls(
 ) -> list[Control]:
     """The controls that `methods` names, each with its share of `overrides`.
 
-    task: what the methods must be for. subject: what the task is about, by the name of the field that takes it; a
-    method without such a field does not need it. With several methods a parameter must belong to exactly one of them.
+    task: what the methods must be for; those of guidance always fit. subject: what the task is about, by the name of
+    the field that takes it; a method without such a field does not need it. With several methods a parameter must
+    belong to exactly one of them.
     Raises ControlError otherwise.
     """
     given = [methods] if isinstance(methods, str | Control) else list(methods)
@@ -51,6 +54,6 @@ def make_controls(
 
 def _of_task(name: str, task: str) -> Method:
     found = method(name)
-    if found.task != task:
+    if found.task not in (task, ANY_TASK):
         raise ControlError(f'method "{name}" belongs to the task {found.task}, not to {task}.')
     return found

@@ -1,0 +1,1 @@
+"""Methods that change the guidance: away from a worse prediction, or by another scale in each part of the picture."""
