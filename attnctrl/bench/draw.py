@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from attnctrl.bench.methods import Spec
-from attnctrl.bench.tasks import Task
+from attnctrl.bench.tasks import Task, given
 from attnctrl.models import call_arguments
 from attnctrl.run import control
 from attnctrl.shapes.layouts import Split
@@ -84,7 +84,7 @@ def draw(
         with ExitStack() as stack:
             stack.enter_context(precision(pipe.device, settings.dtype))
             if spec.parts:
-                controls = spec.controls([t.regions for t in chosen], [t.nouns for t in chosen])
+                controls = spec.controls(given(chosen))
                 stack.enter_context(control(pipe, *controls, record=False))
             made = pipe(**{**settings.arguments(pipe, chosen), "output_type": "np"}).images
         seconds.append((len(chosen), time.perf_counter() - start))

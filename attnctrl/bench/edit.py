@@ -75,7 +75,7 @@ def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image
     if way.spec is None:
         return _floor(pipe, task, way, settings)
     edits = task.edits if way.masked else tuple(replace(one, mask=None) for one in task.edits)
-    controls = [part.method.make(**_given(part.method, edits), **part.params) for part in way.spec.parts]
+    controls = way.spec.controls({"edits": edits})
     assert way.inversion is not None
     result = EditPipeline(pipe)(
         task.picture,
@@ -91,10 +91,6 @@ def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image
         **settings.call,
     )
     return result.images[0]
-
-
-def _given(method: Any, edits: Sequence[Any]) -> dict[str, Any]:
-    return {"edits": edits} if "edits" in method.settings else {}
 
 
 def _floor(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image:

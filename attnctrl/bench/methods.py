@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from attnctrl.control import Control, Window
 from attnctrl.controls import Method, method
 from attnctrl.errors import ControlError
 from attnctrl.processors import attention_kinds
-from attnctrl.regions import Region
 
 NONE, IDEAL = "none", "ideal"
 _PART = re.compile(r"([\w-]+)(?:\{([^{}]*)\})?")
@@ -25,11 +24,10 @@ class Part:
     method: Method
     params: dict[str, Any] = field(default_factory=dict)
 
-    def make(self, regions: Sequence[Sequence[Region]], nouns: Sequence[Sequence[str]]) -> Control:
-        """The control for a batch: regions and nouns hold one list per prompt; the method takes what it has."""
+    def make(self, given: Mapping[str, Any]) -> Control:
+        """The control for a batch: of what is `given` (`tasks.given`) it takes the fields that it has."""
         known = {f.name for f in fields(self.method.control)}
-        given = {"regions": regions, "phrases": nouns}
-        return self.method.make(**{k: v for k, v in given.items() if k in known}, **self.params)
+        return self.method.make(**{k: v for k, v in given.items() if k in known} | self.params)
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class Spec:
         kinds = attention_kinds(pipe)
         return all(kinds & {*part.params.get("where", part.method.where).kinds} for part in self.parts)
 
-    def controls(self, regions: Sequence[Sequence[Region]], nouns: Sequence[Sequence[str]]) -> list[Control]:
-        return [part.make(regions, nouns) for part in self.parts]
+    def controls(self, given: Mapping[str, Any]) -> list[Control]:
+        return [part.make(given) for part in self.parts]
 
 
 def parse_methods(text: str) -> list[Spec]:
@@ -99,7 +97,7 @@ def _alternatives(text: str) -> list[tuple[str, Part]]:
     for row in itertools.product(*pairs):
         inside = ";".join(f"{name}={value}" for name, value in row)
         part = Part(chosen, _params(chosen, row))
-        part.make((), ())  # the control itself checks names and ranges
+        part.make({})  # the control itself checks names and ranges
         result.append((f"{chosen.name}{{{inside}}}" if inside else chosen.name, part))
     return result
 

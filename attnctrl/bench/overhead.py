@@ -18,7 +18,7 @@ from attnctrl.bench.methods import NONE, Spec
 from attnctrl.bench.results import Results, Row
 from attnctrl.bench.stats import Estimate, ratio_of_medians
 from attnctrl.bench.tables import markdown
-from attnctrl.bench.tasks import Task, make_tasks
+from attnctrl.bench.tasks import Task, given, make_tasks
 from attnctrl.errors import ControlError
 from attnctrl.run import Run, control
 
@@ -71,7 +71,6 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 def sampling_variants(pipe: Any, tasks: Sequence[Task], specs: Sequence[Spec], settings: Settings) -> list[Variant]:
     """The stock pipeline and its controlled forms, up to the finished latents: decoding is the same for all."""
-    regions, nouns = [t.regions for t in tasks], [t.nouns for t in tasks]
 
     def run(context: Callable[[], AbstractContextManager[Run | None]]) -> int:
         with precision(pipe.device, settings.dtype), context() as found:
@@ -85,7 +84,7 @@ def sampling_variants(pipe: Any, tasks: Sequence[Task], specs: Sequence[Spec], s
     }
     for spec in specs:
         if spec.parts:
-            controls = spec.controls(regions, nouns)
+            controls = spec.controls(given(tasks))
             contexts[spec.label] = partial(control, pipe, *controls, record=False)
     return [Variant(name, partial(run, context)) for name, context in contexts.items()]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from attnctrl.regions import Region
+from attnctrl.shapes.captions import article
 from attnctrl.shapes.layouts import Box, Layout, Split, sample_layout
 from attnctrl.shapes.render import render
 from attnctrl.shapes.world import HALF_EXTENT, HELD_OUT, HeldOut, Scene, Thing
@@ -44,9 +47,23 @@ class Task:
         return any((colour, shape) in HELD_OUT for shape, colour in self.layout.asked)
 
     @property
+    def background(self) -> str:
+        """What is where no object is, in words."""
+        return f"{article(self.layout.background)} {self.layout.background} background"
+
+    @property
     def nouns(self) -> list[str]:
         """The objects without their colours: what the fidelity methods are to make appear."""
         return [shape for shape, _ in self.layout.asked]
+
+
+def given(tasks: Sequence[Task]) -> dict[str, Any]:
+    """What these tasks tell a method, a list with one entry per prompt, under the names of the controls' fields."""
+    return {
+        "regions": [t.regions for t in tasks],
+        "phrases": [t.nouns for t in tasks],
+        "background": [t.background for t in tasks],
+    }
 
 
 def fitted(shape: str, colour: str, box: Box) -> Thing:

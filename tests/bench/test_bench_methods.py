@@ -9,13 +9,14 @@ from attnctrl.errors import ControlError
 from attnctrl.regions import Region
 
 REGIONS = [[Region("a red circle", box=(0.1, 0.1, 0.5, 0.5))]]
+GIVEN = {"regions": REGIONS, "phrases": [["circle"]], "background": ["a gray background"]}
 
 
 def test_parameters_take_the_kind_of_their_default() -> None:
     (spec,) = parse_methods(
         "loco{scale=60; iterations=3; squash=false; alpha=0; window=0.1..0.5; near=1/4}",
     )
-    (loco,) = spec.controls(REGIONS, [["circle"]])
+    (loco,) = spec.controls(GIVEN)
     assert isinstance(loco, LoCo)
     assert (loco.scale, loco.iterations, loco.squash, loco.alpha) == (60.0, 3, False, 0.0)
     assert loco.window == Window(0.1, 0.5)
@@ -36,13 +37,19 @@ def test_lists_sums_and_alternatives() -> None:
         "region-mask",
     ]
     assert specs[0].parts == ()
-    assert [type(c) for c in specs[1].controls(REGIONS, [["circle"]])] == [LoCo, RegionMask]
+    assert [type(c) for c in specs[1].controls(GIVEN)] == [LoCo, RegionMask]
 
 
 def test_fidelity_methods_get_nouns() -> None:
     (spec,) = parse_methods("attend-excite{scale=5}")
-    (found,) = spec.controls(REGIONS, [["circle"]])
+    (found,) = spec.controls(GIVEN)
     assert found.phrases == [["circle"]]  # type: ignore[attr-defined]
+
+
+def test_a_background_is_taken_where_a_method_has_one_and_nothing_else_was_asked() -> None:
+    plain, other = parse_methods("regional-flux,regional-flux{background=a wall}")
+    assert plain.controls(GIVEN)[0].background == ["a gray background"]  # type: ignore[attr-defined]
+    assert other.controls(GIVEN)[0].background == "a wall"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ CORNERS = (ac.Region("cat", box=(0.0, 0.0, 0.5, 0.5)), ac.Region("dog", box=(0.5
 LEFT = (ac.Region("cat", box=(0.0, 0.0, 0.5, 1.0)),)
 
 
-def with_text(regions: Any, prompts: list[str] | None = None, background: str = "") -> Any:
+def with_text(regions: Any, prompts: list[str] | None = None, background: str | list[str] = "") -> Any:
     prompts = prompts or ["a cat and a dog"]
     return with_background(regions, prompts, len(prompts), background)
 
@@ -275,3 +275,10 @@ def test_what_cannot_work_is_refused() -> None:
         ac.control(tiny_pipe := tiny.sd(), ac.RegionalFlux(REGIONS)),
     ):
         tiny.draw(tiny_pipe, steps=1)
+
+
+def test_every_prompt_may_have_a_background_of_its_own() -> None:
+    regions = with_text((LEFT, LEFT), ["a cat", "a dog"], ["a wall", ""])
+    assert [rs[0].text for rs in regions] == ["a wall", "a dog"]
+    with pytest.raises(ac.ControlError, match="1 backgrounds for 2 prompts"):
+        with_text((LEFT, LEFT), ["a cat", "a dog"], ["a wall"])

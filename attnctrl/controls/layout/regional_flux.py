@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,19 +29,26 @@ from attnctrl.text import Text
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
-def with_background(regions: Regions, prompts: list[str] | None, count: int, background: str) -> Regions:
+def with_background(
+    regions: Regions, prompts: list[str] | None, count: int, background: str | Sequence[str]
+) -> Regions:
     """One list per prompt: its regions behind one of the whole picture, whose text is `background`, else the prompt.
 
     prompts: count of them, None where the pipeline got embeddings only. A prompt without regions stays without.
-    Raises ControlError where there is no text to take.
+    Raises ControlError where there is no text to take, or not one for each prompt.
     """
     lists = per_prompt(regions, count)
-    texts = [background] * count if background else prompts
-    if texts is None:
+    texts = [background] * count if isinstance(background, str) else list(background)
+    if len(texts) != count:
+        raise ControlError(
+            f"RegionalFlux has {len(texts)} backgrounds for {count} prompts: give one text for all, or one per prompt."
+        )
+    if prompts is None and not all(texts):
         raise ControlError(
             "RegionalFlux reads the prompt where it gets no background, but the pipeline was given prompt_embeds: "
             "give background=..., or name the prompt with control(pipe, ..., prompt=...)."
         )
+    texts = [text or prompt for text, prompt in zip(texts, prompts or texts, strict=True)]
     return [
         [Region("background", box=WHOLE, prompt=text), *rs] if rs else [] for rs, text in zip(lists, texts, strict=True)
     ]
@@ -110,7 +118,7 @@ class RegionalFlux(Control):
     in_sequence: ClassVar[bool] = True
 
     regions: Regions = ()
-    background: str = param("", "text of what no region covers; when empty, the prompt")
+    background: str | Sequence[str] = param("", 'text of what no region covers, or one per prompt; "": the prompt')
     until: float = param(0.4, "share of the run in which regions are isolated", 0, 1)
     base_ratio: float = param(0.1, "share of the stock attention; smaller is stricter, 1 is the stock picture", 0, 1)
     every: int = param(1, "isolate in every n-th layer; in those between regions see each other", 1, 64)
