@@ -40,17 +40,30 @@ NAMES = (
 )
 
 
+RADIAL = (
+    {"sink": 1, "whole": 1, "floor": 1.0},
+    {"sink": 1, "whole": 0, "floor": 0.0},
+    {"sink": 0, "whole": 0, "floor": 0.0},
+    {"sink": 0, "whole": -1, "floor": 0.0},
+)
+"""What `Radial` keeps whatever its decay, the paper's first; each visits less than the one before."""
+
+
 @cache
-def radial_decay(density: float, frames: int, tokens: int, block: int) -> float:
-    """The decay of `Radial` whose mask is nearest to a density, by bisection."""
+def radial_settings(density: float, frames: int, tokens: int, block: int) -> dict[str, Any]:
+    """The parameters of `Radial` with most of the paper's floors that visit at most a density, or else the fewest."""
+
+    def share(decay: float, floors: dict[str, Any]) -> float:
+        return float(radial_blocks(frames, tokens, decay, block, **floors).float().mean())
+
+    floors = next((f for f in RADIAL if share(0.0, f) <= density), RADIAL[-1])
     low, high = 0.0, float(frames)
+    if share(high, floors) <= density:
+        return {"decay": high, **floors}
     for _ in range(30):
         middle = (low + high) / 2
-        share = float(radial_blocks(frames, tokens, middle, block, sink=1).float().mean())
-        low, high = (middle, high) if share < density else (low, middle)
-    choices = (low, high)
-    shares = [float(radial_blocks(frames, tokens, c, block, sink=1).float().mean()) for c in choices]
-    return min(zip(choices, shares, strict=True), key=lambda pair: abs(pair[1] - density))[0]
+        low, high = (middle, high) if share(middle, floors) <= density else (low, middle)
+    return {"decay": low, **floors}
 
 
 def make(name: str, density: float, grid: Grid, pipe: Any, draw: Callable[[], Any]) -> Control:
@@ -63,7 +76,7 @@ def make(name: str, density: float, grid: Grid, pipe: Any, draw: Callable[[], An
     blocks = {**common, "block": BLOCK}
     frames, tokens = grid[0], grid[1] * grid[2]
     if name == "radial":
-        return Radial(decay=radial_decay(density, frames, tokens, BLOCK), **blocks)
+        return Radial(**radial_settings(density, frames, tokens, BLOCK), **blocks)
     if name == "paro":
         return Paro(calibrate_paro(pipe, draw, density, block=BLOCK), **common)
     if name == "vmoba":

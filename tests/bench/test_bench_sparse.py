@@ -14,7 +14,7 @@ import attnctrl as ac
 from attnctrl.bench import add_arguments, main
 from attnctrl.bench.likeness import psnr, ssim
 from attnctrl.bench.sparse import Drawn, Recall, latent_grid, parse_densities, scores
-from attnctrl.bench.sparse_ways import make, radial_decay
+from attnctrl.bench.sparse_ways import make, radial_settings
 from attnctrl.controls.sparse.radial import radial_blocks
 from attnctrl.shapes.measure_clips import probe_clip, rendered
 from tests.video_model import draw, pipeline
@@ -77,18 +77,25 @@ def test_likeness_by_hand() -> None:
     assert ssim(noise, 1 - noise) < 0
 
 
+def test_radial_keeps_as_many_of_the_papers_floors_as_a_density_allows() -> None:
+    found = {density: radial_settings(density, 9, 64, 16) for density in (1.0, 0.5, 0.3, 0.2, 0.1)}
+    for density, settings in found.items():
+        visited = radial_blocks(9, 64, block=16, **settings)
+        assert 0.7 * density < float(visited.float().mean()) <= density
+        assert visited.any(dim=1).all()
+    # On so few and small frames the floors of the paper alone are three quarters: neighbours whole, bands of a block.
+    floors = {"sink": 1, "whole": 1, "floor": 1.0}
+    assert float(radial_blocks(9, 64, 0.0, 16, **floors).float().mean()) == pytest.approx(0.773, abs=1e-3)
+    assert floors.items() <= found[1.0].items()
+    assert [found[d]["sink"] for d in (0.5, 0.3, 0.2, 0.1)] == [1, 1, 0, 0]
+
+
 def test_densities() -> None:
     assert parse_densities("1,0.3") == (1.0, 0.3)
     for text in ("0", "1.5", "x", ""):
         with pytest.raises(ac.ControlError, match="above 0 and at most 1"):
             parse_densities(text)
 
-    def share(density: float) -> float:
-        return float(radial_blocks(9, 64, radial_decay(density, 9, 64, 16), 16, sink=1).float().mean())
-
-    # On so few and small frames its rule leaves three quarters: neighbours whole, and a block to each side elsewhere.
-    assert share(1.0) == 1.0
-    assert share(0.3) == pytest.approx(0.773, abs=1e-3)
     pipe = pipeline()
     assert latent_grid(pipe) == (9, 8, 8)
     with pytest.raises(ac.ControlError, match="choose one of oracle-blocks"):

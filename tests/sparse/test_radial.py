@@ -34,6 +34,15 @@ def test_the_half_widths_of_the_published_settings() -> None:
     assert widths(0.8) == [3840, 819, 819, 409, 409, 204, 204, 128]
 
 
+def test_neighbours_and_floors_are_settings() -> None:
+    def widths(whole: int, floor: float) -> list[float | None]:
+        return [half_width(distance, 64, 0.125, 16, whole, floor) for distance in (0, 1, 2, 4)]
+
+    assert widths(1, 1.0) == [64.0, 64.0, 16.0, 16.0]
+    assert widths(0, 0.5) == [64.0, 8.0, 8.0, 8.0]
+    assert widths(-1, 0.0) == [16.0, 8.0, 4.0, 2.0]
+
+
 def test_frames_that_are_far_apart_are_seen_now_and_then() -> None:
     # 128 tokens: L = 256, 128, 64, 64, 32, 32, 32, 32 at distances 0 to 7, and every second, then every fourth frame.
     kept = [half_width(distance, 128, 1.0, 128) is not None for distance in range(8)]

@@ -14,16 +14,18 @@ from attnctrl.sampling import Sampling
 from attnctrl.sites import Call
 
 
-def half_width(distance: int, tokens: int, decay: float, block: int) -> float | None:
+def half_width(
+    distance: int, tokens: int, decay: float, block: int, whole: int = 1, floor: float = 1.0
+) -> float | None:
     """How far apart in their frames two tokens may lie whose frames are `distance` apart; None: nothing is kept.
 
-    tokens: of a frame. With L = 2^bits(tokens) / 2^bits(distance): a frame sees itself and its neighbours whole, others
-    within max(L * decay, block); where L is below a block, only every int(block / L)-th frame is seen.
+    tokens: of a frame. With L = 2^bits(tokens) / 2^bits(distance): frames at most `whole` apart see each other whole,
+    others within max(L * decay, floor * block); where L is below a block, only every int(block / L)-th frame is seen.
     """
     length = 2.0 ** (tokens.bit_length() - distance.bit_length())
     if length < block and distance % int(block / length) != 0:
         return None
-    return float(tokens) if distance <= 1 else max(length * decay, float(block))
+    return float(tokens) if distance <= whole else max(length * decay, floor * block)
 
 
 def band_blocks(tokens: int, width: float, block: int) -> torch.Tensor:
@@ -42,13 +44,15 @@ def band_blocks(tokens: int, width: float, block: int) -> torch.Tensor:
     return (met > 0) & (dense > 0.6 * met)
 
 
-def radial_blocks(frames: int, tokens: int, decay: float, block: int, sink: int = 0) -> torch.Tensor:
+def radial_blocks(
+    frames: int, tokens: int, decay: float, block: int, sink: int = 0, whole: int = 1, floor: float = 1.0
+) -> torch.Tensor:
     """The visited blocks among the latents: bool (frames * blocks, frames * blocks), blocks of each frame its own.
 
-    sink: first frames that every query sees whole.
+    sink: first frames that every query sees whole. whole, floor: as in `half_width`.
     """
     count = -(-tokens // block)
-    widths = [half_width(distance, tokens, decay, block) for distance in range(frames)]
+    widths = [half_width(distance, tokens, decay, block, whole, floor) for distance in range(frames)]
     nothing = torch.zeros(count, count, dtype=torch.bool)
     known = {width: nothing if width is None else band_blocks(tokens, width, block) for width in set(widths)}
     frame = torch.arange(frames)
@@ -67,6 +71,9 @@ class Radial(Control):
     for Wan 2.2 decay=0.8, for HunyuanVideo decay=0.95, sink=0, where=LATENTS. The paper's bands are
     2 T / 2^bits(T) times as wide: its rule is a decay of that.
 
+    Of short or small clips, which are mostly neighbours and bands of one block, this leaves little out: there `whole`
+    and `floor` thin it further than the paper does.
+
     Departures: each frame has blocks of its own, so that any resolution works; in the code blocks run through and a
     frame must fill them. Where the code says 128 in its rule of frames, this says `block`.
 
@@ -79,6 +86,8 @@ class Radial(Control):
 
     decay: float = param(0.2, "factor of the width of the bands", 0, 1000)
     block: int = block_size(128)
+    whole: int = param(1, "frames at most so far apart see each other whole; -1: not even a frame itself", -1, 4096)
+    floor: float = param(1.0, "least half width of a band, in blocks", 0, 64)
     sink: int = sink_frames(1)
     fall_back: bool = falls_back()
     window: Window = field(default=Window(0.24, 1.0), kw_only=True)
@@ -94,7 +103,8 @@ class Radial(Control):
         def mask() -> Any:
             frames, height, width = sequence.grid
             axis = BlockAxis((height * width,) * frames, self.block)
-            visited = radial_blocks(frames, height * width, self.decay, self.block, self.sink)
+            settings = self.decay, self.block, self.sink, self.whole, self.floor
+            visited = radial_blocks(frames, height * width, *settings)
             return sequence.fixed(axis, visited[None, None], device)
 
         return state.attend(call, state.once((sequence, device), mask), self.fall_back)
