@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="A,B{PARAM=VALUE},C+D",
         help='comma-separated; "none" is the stock pipeline, "ideal" the best score there is; parameters as in '
-        '"loco{scale=30|60;iterations=3}"; for edit with @INVERSION (not for shapes-instruct) and, where the mask is given, :mask',
+        '"loco{scale=30|60;iterations=3}"; for edit with @INVERSION (not on shapes-instruct) and, where the mask is '
+        "given, :mask",
     )
     parser.add_argument("--split", choices=("tune", "test"), help="which prompts (dose: tune; else: test)")
     parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead: 10)")
