@@ -193,7 +193,7 @@ def redraw(pipe: Any, prompt: Any = PROMPT, steps: int = 4, strength: float = 0.
 
 def instructed(pipe: Any, prompt: Any = PROMPT, steps: int = 3, **kwargs: Any) -> torch.Tensor:
     """The latents of a short run of an instruction on a picture, (batch, 4, 16, 16); guided by text and picture."""
-    count = 1 if isinstance(prompt, str) else len(prompt)
+    count = (1 if isinstance(prompt, str) else len(prompt)) * kwargs.get("num_images_per_prompt", 1)
     pictures = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     given = {"guidance_scale": 4.0, "image_guidance_scale": 1.5, "image": pictures, **kwargs}
     given.setdefault("generator", torch.Generator().manual_seed(7))

@@ -46,7 +46,7 @@ def test_a_mask_that_hides_nothing_changes_nothing(pipe: Any, stock: torch.Tenso
         torch.testing.assert_close(tiny.instructed(pipe), stock, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("branch", "rows"), zip(THREE, (COND, IMAGE, UNCOND), strict=True), ids=THREE)
+@pytest.mark.parametrize(("branch", "rows"), list(zip(THREE, (COND, IMAGE, UNCOND), strict=True)), ids=THREE)
 def test_a_mask_acts_in_the_branch_it_asks_for(pipe: Any, branch: str, rows: slice) -> None:
     seen = []
     for controls in ((), (Mask(make=only_first_key, branches=(branch,)),)):

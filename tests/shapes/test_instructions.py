@@ -103,7 +103,7 @@ def test_pairs_agree_where_nothing_changes() -> None:
         for thing in changed:
             y, x = np.mgrid[0:128, 0:128] / 128
             outside &= (x - thing.cx) ** 2 + (y - thing.cy) ** 2 > (1.25 * thing.r + 0.02) ** 2
-        assert apart[outside].max() == 0
+        assert apart[outside].max() < 1e-4  # a thing's place is rounded with that of the largest
         assert apart.max() > 0.1
 
 

@@ -132,8 +132,9 @@ class FocusOnInstruction(Control):
         nothing = sampling.encode([""]).positive.to(sampling.device, sampling.dtype)
         alone = []
         if self.separate:
-            texts = [list(sampling.prompts or []) if t is None else [t] * sampling.prompt_count for t in told]
-            alone = [sampling.encode(one).positive.repeat_interleave(images, dim=0) for one in texts]
+            whole = list(sampling.prompts or [])
+            wholes = [whole if text is None else [text] * sampling.prompt_count for text in told]
+            alone = [sampling.encode(texts).positive.repeat_interleave(images, dim=0) for texts in wholes]
         state = State(sampling.latent_grid, keywords, spans, nothing, alone, read)
         if self.masks is not None:
             state.masks = given(self.masks, sampling)

@@ -13,10 +13,9 @@ from attnctrl.sampling import Sampling
 from attnctrl.sites import Grid, Site
 
 
-def share(site: Site, latents: Grid) -> float:
-    """The tokens of a site as a share of the latents' own."""
-    grid = site.grid(latents)
-    return grid[1] * grid[2] / (latents[1] * latents[2])
+def share(site: Site) -> float:
+    """The tokens of a site as a share of the latents' own, where their sides are whole: of odd ones as of even."""
+    return 0.25**site.depth
 
 
 def on_grid(masks: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -198,30 +198,30 @@ class Lime(Control):
                 f"Lime reads the region before {self.find_at:g} of the run and uses it afterwards, and its window is "
                 f"{self.window.start:g} to {self.window.end:g}: widen the window, or give the region."
             )
-        if not any(s.kind == "cross" and share(s, sampling.latent_grid) <= self.read_share for s in sampling.sites):
+        if not any(s.kind == "cross" and share(s) <= self.read_share for s in sampling.sites):
             raise ControlError(
                 f"Lime finds no cross-attention of {self.read_share:g} or less of the latents' tokens to read: raise "
                 "read_share."
             )
 
     def inputs(self, call: Call, state: State) -> Call:
-        if call.branch == "cond" and call.site.kind == "cross" and self._read_here(call, state):
+        if call.branch == "cond" and call.site.kind == "cross" and self._read_here(call):
             probs = probabilities(call.query, call.key, call.mask, call.scale).mean(dim=1)
             assert call.queries.grid is not None
             state.maps[call.site.name] = phrase_maps(probs, state.relevant[:, None]), call.queries.grid
         return call
 
     def output(self, output: torch.Tensor, call: Call, state: State) -> torch.Tensor:
-        if call.branch in ("cond", "image") and self._read_here(call, state):
+        if call.branch in ("cond", "image") and self._read_here(call):
             assert call.queries.grid is not None
             state.features[call.branch, call.site.name] = output.transpose(1, 2).flatten(2).float(), call.queries.grid
         return output
 
-    def _read_here(self, call: Call, state: State) -> bool:
-        return self._reads(call.step) and share(call.site, state.latents) <= self.read_share
+    def _read_here(self, call: Call) -> bool:
+        return self._reads(call.step) and share(call.site) <= self.read_share
 
     def mask(self, call: Call, state: State) -> torch.Tensor | None:
-        coarse = share(call.site, state.latents) <= UNMASKED_SHARE
+        coarse = share(call.site) <= UNMASKED_SHARE
         if call.site.kind != "cross" or coarse or self._reads(call.step):
             return None
         assert call.queries.grid is not None

@@ -1,8 +1,8 @@
-"""Focus on Your Instruction and LIME: their formulas by hand, and runs on a tiny InstructPix2Pix."""
+"""Focus on Your Instruction: its formulas by hand, and runs on a tiny InstructPix2Pix."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,17 +11,14 @@ import torch
 import attnctrl as ac
 from attnctrl.controls.editing.focus_on_instruction import FocusOnInstruction, binary, mixed, sharpened
 from attnctrl.controls.editing.found import given, on_grid, share
-from attnctrl.controls.editing.lime import Lime, effective, k_means, region_of, relevant
-from attnctrl.prompt import Reader
 from tests import tiny
 from tests.methods import SITES, sampling
-from tests.probes import Guide, Nudge, Probs
+from tests.probes import Guide, Nudge, Output, Probs
 
 CROSS = ac.Where(kinds=("cross",))
-THREE = ("cond", "image", "uncond")
 LEFT = torch.zeros(32, 32)
 LEFT[:, :16] = 1
-WHOLE, NONE = torch.ones(32, 32), torch.zeros(32, 32)
+WHOLE = torch.ones(32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +36,14 @@ def draw(pipe: Any, *controls: ac.Control, **kwargs: Any) -> torch.Tensor:
         return tiny.instructed(pipe, **kwargs)
 
 
-# formulas ----------------------------------------------------------------------------------------------------
 def test_maps_are_squared_before_they_are_normalised() -> None:
     maps = torch.tensor([[[0.5, 0.25, 0.25, 0.0]]])
-    one, half = 0.57611688 + 0.21194156, 0.21194156
     squares = torch.tensor([[0.25, 0.0625], [0.0625, 0.0]])
-    weights = torch.tensor([[one, half], [half, one]])
-    smooth = (weights @ squares @ weights.T).flatten()
+    # Of a grid of two, reflection puts the neighbour on both sides.
+    line = torch.tensor([[0.57611688, 2 * 0.21194156], [2 * 0.21194156, 0.57611688]])
+    smooth = (line @ squares @ line.T).flatten()
     expected = (smooth - smooth.min()) / (smooth.max() - smooth.min())
-    found = sharpened(maps, (1, 2, 2))[0, 0]
-    # A grid of two has its neighbour on both sides when reflected.
-    reflect = torch.tensor([[0.57611688, 2 * half], [2 * half, 0.57611688]])
-    smooth = (reflect @ squares @ reflect.T).flatten()
-    expected = (smooth - smooth.min()) / (smooth.max() - smooth.min())
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(sharpened(maps, (1, 2, 2))[0, 0], expected)
     assert not sharpened(torch.full((1, 1, 4), 0.3), (1, 2, 2)).any()
 
 
@@ -78,53 +69,10 @@ def test_masks_on_coarser_grids() -> None:
     assert on_grid(masks, (1, 2, 2)).tolist() == [[[False, False, False, True]]]
     assert on_grid(masks, (1, 4, 4)).sum() == 1
     made = sampling(grid=(2, 2))
-    assert share(SITES[1], (1, 2, 2)) == 1
+    assert [share(replace(SITES[1], depth=depth)) for depth in (0, 1, 2)] == [1, 1 / 4, 1 / 16]
     assert given([LEFT], made)[0, 0].tolist() == [[True, False], [True, False]]
 
 
-def test_clusters_of_two_constant_halves() -> None:
-    features = torch.tensor([[1.0, 0.0]] * 8 + [[0.0, 1.0]] * 8)
-    labels = k_means(features, 2)
-    assert len(set(labels[:8].tolist())) == len(set(labels[8:].tolist())) == 1
-    assert labels[0] != labels[8]
-    assert len(k_means(features, 8).unique()) == 2  # there are no more different points
-    peak = torch.zeros(16)
-    peak[3] = 1
-    # The second half's length says nothing: features are compared by direction.
-    longer = features * torch.linspace(1, 9, 16)[:, None]
-    assert region_of(longer, peak, 2, 1).tolist() == [True] * 8 + [False] * 8
-    peak[12] = 0.5
-    assert region_of(longer, peak, 2, 2).all()
-
-
-def test_clusters_are_lloyds() -> None:
-    points = torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
-    labels = k_means(points, 4)
-    assert torch.equal(labels, k_means(points, 4))
-    centres = torch.stack([points[labels == i].mean(dim=0) for i in range(4)])
-    assert torch.equal(torch.cdist(points, centres).argmin(dim=1), labels)
-
-
-def test_words_that_say_where() -> None:
-    tokens = Reader(tiny.tokenizer()).read("turn the cat, a red dog")
-    places = {
-        word: tokens.occurrences(word)[0] for word in ("turn", "the", "cat", ",", "a", "red", "dog") if word != ","
-    }
-    visible, shows = set(effective(tokens)), set(relevant(tokens))
-    for word in ("cat", "red", "dog"):
-        assert set(places[word]) <= visible
-        assert set(places[word]) <= shows
-    assert set(places["turn"]) <= visible
-    assert not set(places["turn"]) & shows
-    for word in ("the", "a"):
-        assert not set(places[word]) & (visible | shows)
-    assert tokens.end in visible
-    assert tokens.end not in shows
-    assert 0 not in visible | shows
-    assert max(visible) == tokens.end
-
-
-# Focus on Your Instruction -----------------------------------------------------------------------------------
 def test_a_mask_of_everything_is_the_stock_guidance(pipe: Any, stock: torch.Tensor) -> None:
     focus = FocusOnInstruction(["cat"], masks=[WHOLE], modulate=False)
     torch.testing.assert_close(draw(pipe, focus), stock, atol=1e-6, rtol=1e-6)
@@ -173,8 +121,6 @@ def test_outside_of_all_masks_no_text_is_seen(pipe: Any) -> None:
         def keep(output: torch.Tensor, into: list[torch.Tensor] = outputs) -> torch.Tensor:
             into.append(output)
             return output
-
-        from tests.probes import Output
 
         first = ac.Where(kinds=("cross",), blocks=("down",))
         focus = FocusOnInstruction([prompt.split()[-1]], masks=[LEFT], disentangle=False, where=first)
@@ -230,82 +176,8 @@ def test_focus_refuses_what_it_cannot_read(pipe: Any) -> None:
     assert torch.isfinite(draw(pipe, FocusOnInstruction(["cat"], disentangle=False), steps=2, guidance_scale=1.0)).all()
 
 
-# LIME --------------------------------------------------------------------------------------------------------
-def test_an_empty_region_changes_nothing(pipe: Any, stock: torch.Tensor) -> None:
-    mask = NONE.clone()
-    mask[0, 0] = 1  # regions of no pixel at all are refused; one pixel's window is closed before it acts
-    with pytest.raises(ac.ControlError):
-        draw(pipe, Lime(region=NONE))
-    assert torch.equal(draw(pipe, Lime(region=mask, window=ac.Window(0.0, 0.0))), stock)
-
-
-def test_inside_the_region_only_words_that_say_something_are_seen(pipe: Any) -> None:
-    kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-
-    class Keep(Probs):
-        def probs(self, probs: torch.Tensor, call: Any, state: Any) -> torch.Tensor:
-            kept[call.branch, call.queries.grid] = probs
-            return probs
-
-    with ac.control(pipe, Lime(region=LEFT), Keep(where=CROSS, branches=THREE), record=False) as run:
-        tiny.instructed(pipe, steps=1)
-    state = run.sampling.active[0].state  # type: ignore[union-attr]
-    seen = state.effective[0]
-    assert int(seen.sum()) == 3  # cat, dog and the end
-    assert {branch for branch, _ in kept} == set(THREE)
-    for (_, grid), probs in kept.items():
-        rows = probs.unflatten(2, grid[1:])
-        half = grid[2] // 2
-        torch.testing.assert_close(rows[..., :half, :][..., seen].sum(dim=-1), torch.ones(rows[..., :half, 0].shape))
-        assert float(rows[..., :half, :][..., ~seen].max()) == 0
-        assert float(rows[..., half:, :][..., ~seen].min()) > 0
-
-
-def test_coarse_layers_are_left_alone(pipe: Any) -> None:
-    kept: dict[int, float] = {}
-
-    class Keep(Probs):
-        def probs(self, probs: torch.Tensor, call: Any, state: Any) -> torch.Tensor:
-            kept[call.queries.grid[1]] = float(probs[..., 0].min())
-            return probs
-
-    with ac.control(pipe, Lime(region=WHOLE), Keep(where=CROSS), record=False):
-        pipe_small = {"steps": 1}
-        tiny.instructed(pipe, **pipe_small)
-    assert kept == {16: 0.0, 8: 0.0}  # a quarter of the tokens is more than a sixteenth
-    assert math.isclose(share(SITES[0], (1, 4, 4)), 1.0)
-
-
-def test_lime_finds_a_region_and_uses_it_afterwards(pipe: Any) -> None:
-    lime = Lime(find_at=0.5, window=ac.Window(0.0, 1.0), clusters=3)
-    with ac.control(pipe, lime, record=False) as run:
-        drawn = tiny.instructed(pipe, steps=4)
-    assert run.sampling is not None
-    region = run.sampling.active[0].state.region
-    assert region.shape == (1, 1, 16, 16)
-    assert region.any()
-    assert not region.all()
-    steps = {row.point: row.steps for row in run.report.rows.values()}
-    assert steps["inputs"] >= {1}
-    assert 0 not in steps["mask"]
-    again = draw(pipe, lime, steps=4)
-    assert torch.equal(again, drawn)
-    assert not torch.allclose(drawn, tiny.instructed(pipe, steps=4), atol=1e-4)
-
-
-def test_lime_refuses_what_it_cannot_read(pipe: Any) -> None:
-    with pytest.raises(ac.ControlError, match=r'finds no word that says where in "the a"'):
-        draw(pipe, Lime(), prompt="the a", steps=1)
-    with pytest.raises(ac.ControlError, match=r"reads the region before 0.35 of the run"):
-        draw(pipe, Lime(window=ac.Window(0.5, 0.9)), steps=1)
-    with pytest.raises(ac.ControlError, match=r"raise read_share"):
-        draw(pipe, Lime(read_share=0.01), steps=1)
-    with pytest.raises(ac.ControlError, match=r'"bird" is not in the prompt'):
-        draw(pipe, Lime(["bird"]), steps=1)
-
-
-@pytest.mark.parametrize("control", [FocusOnInstruction(["cat"]), Lime()], ids=["focus", "lime"])
-def test_they_compose_with_another(pipe: Any, control: ac.Control) -> None:
+def test_it_composes_with_another(pipe: Any) -> None:
+    control = FocusOnInstruction(["cat"])
     alone, nudged, other = (
         draw(pipe, control, steps=4),
         draw(pipe, control, Nudge(), steps=4),
