@@ -164,6 +164,13 @@ def test_masks_are_found_once_their_time_has_come(pipe: Any) -> None:
     assert changed == [False, False, True, True]
 
 
+def test_words_beyond_the_encoders_window_are_left_out(pipe: Any) -> None:
+    with ac.control(pipe, FocusOnInstruction(["dog"], masks=[LEFT]), record=False) as run:
+        tiny.instructed(pipe, "dog" + " cat" * 30, steps=1)
+    assert run.sampling is not None
+    assert run.sampling.active[0].state.spans[0, 0].nonzero().flatten().tolist() == list(range(1, 23))
+
+
 def test_focus_refuses_what_it_cannot_read(pipe: Any) -> None:
     with pytest.raises(ac.ControlError, match=r"2 phrases and 0 instructions: give for each"):
         draw(pipe, FocusOnInstruction(["cat", "dog"]), steps=1)

@@ -77,6 +77,9 @@ def test_words_that_say_where() -> None:
     assert tokens.end not in shows
     assert 0 not in visible | shows
     assert max(visible) == tokens.end
+    longer = Reader(tiny.tokenizer()).read("cat dog " * 20)
+    assert effective(longer) == list(range(1, 24))  # 22 words and the end of a window of 24
+    assert relevant(longer) == list(range(1, 23))
 
 
 def test_an_empty_region_changes_nothing(pipe: Any, stock: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from attnctrl.errors import ControlError
 from attnctrl.guidance import Prediction
 from attnctrl.kernels import probabilities
 from attnctrl.sampling import Sampling
-from attnctrl.sites import Call, Grid, Step, Stream
+from attnctrl.sites import Call, Grid, Site, Step, Stream
 from attnctrl.stepmaps import blur, phrase_maps
 
 
@@ -117,6 +117,9 @@ class FocusOnInstruction(Control):
     def acts(self, step: Step, branch: str, state: State) -> bool:
         return super().acts(step, branch, state) and (state.masks is None or self.modulate)
 
+    def sites(self, sampling: Sampling) -> list[Site]:
+        return replace(self.where, kinds=("cross",)).select(sampling.sites, sampling.latent_grid)
+
     def begin(self, sampling: Sampling) -> State:
         told = self._told(sampling)
         marked = torch.zeros(2, sampling.prompt_count, len(self.phrases), sampling.text_tokens, dtype=torch.bool)
@@ -127,7 +130,7 @@ class FocusOnInstruction(Control):
                     rows[p, i, list(words)] = True
         images = sampling.images_per_prompt
         keywords, spans = marked.repeat_interleave(images, dim=1).to(sampling.device)
-        near = Where(kinds=("cross",), near=self.read_share)
+        near = replace(self.where, kinds=("cross",), near=self.read_share)
         read = {site.name: site.grid(sampling.latent_grid) for site in selected(self, sampling, near)}
         nothing = sampling.encode([""]).positive.to(sampling.device, sampling.dtype)
         alone = []
@@ -211,5 +214,10 @@ class FocusOnInstruction(Control):
 
 
 def _words(sampling: Sampling, prompt: int) -> list[int]:
-    """Where the words of a prompt stand, without special tokens."""
-    return [i + tokens.offset for tokens in sampling.tokens[prompt] for i, (a, b) in enumerate(tokens.spans) if a < b]
+    """Where the words of a prompt stand, without special tokens and what the encoder's window cuts off."""
+    return [
+        i + tokens.offset
+        for tokens in sampling.tokens[prompt]
+        for i, (a, b) in enumerate(tokens.spans[: tokens.limit - 1])
+        if a < b
+    ]

@@ -41,11 +41,14 @@ UNMASKED_SHARE = 1 / 16
 
 
 def worded(tokens: PromptTokens) -> list[tuple[int, str]]:
-    """Position and word of each token of a prompt, the special ones left out; marks that are no word give ""."""
+    """Position and word of each token of a prompt, the special ones left out; marks that are no word give "".
+
+    What the encoder's window cuts off is left out too.
+    """
     words = list(re.finditer(r"\w+", tokens.prompt))
     return [
         (i + tokens.offset, next((w[0].lower() for w in words if w.start() < b and w.end() > a), ""))
-        for i, (a, b) in enumerate(tokens.spans)
+        for i, (a, b) in enumerate(tokens.spans[: tokens.limit - 1])
         if a < b
     ]
 
