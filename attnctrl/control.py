@@ -123,8 +123,9 @@ def param(default: Any, text: str, low: float | None = None, high: float | None 
 class Control:
     """Base of every method. Subclass it once, override the points the method needs, and register it.
 
-    window: which part of the run. where: which attention sites. branches: which guidance branches, of "cond", "uncond"
-    and "again", the further predictions under controls that the control itself asks for in its guide point.
+    window: which part of the run. where: which attention sites. branches: which guidance branches, of "cond", "uncond",
+    "image", InstructPix2Pix's prediction of the given picture without text, and "again", the further predictions under
+    controls that the control itself asks for in its guide point.
     """
 
     paper: ClassVar[str] = ""

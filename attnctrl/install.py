@@ -181,7 +181,8 @@ def share(pipe: Any) -> Any:
     Raises ControlError when `pipe` is under control at the moment.
     """
     # Asked of the objects, not of this thread's runs: another thread may have the pipe under control.
-    if any(hasattr(method, "attnctrl_run") for method in (pipe.encode_prompt, pipe.scheduler.step)):
+    encoders = (getattr(pipe, name, None) for name in ("encode_prompt", "_encode_prompt"))
+    if any(hasattr(method, "attnctrl_run") for method in (*encoders, pipe.scheduler.step)):
         raise ControlError("share(pipe) was called inside a control block of that pipe: call it before entering.")
     light = copy.copy(pipe)
     light.scheduler = copy.deepcopy(pipe.scheduler)

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from attnctrl.run import Run
 
 
-def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs: tuple) -> tuple[Sampler, tuple]:
+def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs: Any) -> tuple[Sampler, Any]:
     """Open a sampling when the pipeline encodes its prompt; the context point acts on what the encoders returned.
 
     stock: the pipeline's own `encode_prompt`; arguments: what it was called with.
     """
     pipe, family = run.pipe, run.family
-    text = family.text(outputs)
+    guided = bool(arguments.get("do_classifier_free_guidance"))
+    text = family.text(family.parts(outputs, guided))
     images = int(arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1)
     first = arguments.get("prompt") if arguments.get("prompt") is not None else run.prompt
     prompts = None if first is None else [first] if isinstance(first, str) else list(first)
@@ -68,7 +69,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         }
         given |= {name: value for name, value in plain.items() if name in arguments}
         if given.get("image") is None:
-            return family.text(stock(**given))
+            return family.text(family.parts(stock(**given), guided=False))
         # The pictures of an edit belong to one prompt.
         each = [family.text(stock(**{**given, "prompt": [one]})).positive[0] for one in texts]
         return Text(pad_sequence(each, batch_first=True))
@@ -78,7 +79,7 @@ def open_sampling(run: Run, stock: Callable, arguments: dict[str, Any], outputs:
         tokenize=tokenize,
         images_per_prompt=images,
         prompt_count=count,
-        guided=bool(arguments.get("do_classifier_free_guidance")),
+        guided=guided,
         text_tokens=text.positive.shape[1],
         encode=encode,
         clean=lambda source, like: clean_latents(pipe, family, source, like, sampling.latent_grid),

@@ -79,7 +79,7 @@ class Run:
             self._refuse_foreign()
         if hasattr(self.pipe, "check_inputs"):
             self._shadow(self.pipe, "check_inputs", self._check_inputs)
-        self._shadow(self.pipe, "encode_prompt", self._encode_prompt)
+        self._shadow(self.pipe, self.family.encoder, self._encode_prompt)
         self._shadow_step()
 
     def detach(self) -> None:

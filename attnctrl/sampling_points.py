@@ -150,7 +150,7 @@ def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor
         args, kwargs = sampler.asked["cond"]
         return family.unpacked(family.latents(family.sample(args, kwargs), grid), grid)
 
-    uncond = sampler.predicted.get("uncond")
+    uncond, image = sampler.predicted.get("uncond"), sampler.predicted.get("image")
     prediction = Prediction(
         _seen(family, sampler.predicted["cond"], grid),
         None if uncond is None else _seen(family, uncond, grid),
@@ -160,6 +160,7 @@ def guided(sampler: Sampler, combined: torch.Tensor, step: Step) -> torch.Tensor
         lambda noise: sampler.schedule.prediction_of_noise(noise, drawn(), step),
         lambda made: sampler.schedule.clean(made, drawn(), step),
         _seen(family, sampler.predicted["cond"], grid),
+        None if image is None else _seen(family, image, grid),
     )
     for one in sampler.active_at("guide", step):
         prediction = replace(prediction, again=partial(_again, sampler, one))
@@ -205,7 +206,8 @@ def _again(
         args, kwargs = family.picked(args, kwargs, sampling.batch, crop.pictures)
         args, kwargs = family.with_crop(args, kwargs, grid, crop.rows, crop.columns)
         grid = (grid[0], crop.rows.stop - crop.rows.start, crop.columns.stop - crop.columns.start)
-    appended = sampling.appended.get(branch, 0)
+    # Without text is with the negative one.
+    appended = sampling.appended.get("cond" if branch == "cond" else "uncond", 0)
     if context is None and appended:
         context = family.signature.get(args, kwargs, family.names.text)[:, :-appended]
     if pooled is not None:

@@ -108,7 +108,7 @@ class Call:
 
     query, key, value: (batch, heads, tokens, head_dim), after normalisation and rotary embedding.
     mask: the model's own mask, additive or boolean, broadcastable to (batch, heads, queries, keys).
-    branch: "cond" or "uncond". project: text embeddings (batch, tokens, channels) -> this layer's (key, value).
+    branch: "cond", "uncond" or "image". project: text embeddings (batch, tokens, channels) -> this layer's key, value.
     streams: further contexts; when there are any, the layer's own context counts with `base_weight`. seen: in the
     attend point, what may be seen: `mask` and the masks of all controls together, a tensor like it or token groups.
     """

@@ -45,6 +45,8 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "mutual-self-attention": [{"from_layer": 1.0}],
     "ale-edit": [],
     "multi-mask-inpaint": [{"weight": 0.0}],
+    "focus-on-instruction": [{"modulate": False, "disentangle": False}],
+    "lime": [],
     "semantic-protection": [],
     "soft-pag": [{"scale": 0.0}, {"strength": 0.0}, {"heads": ()}],
     "self-attention-guidance": [{"scale": 0.0}],

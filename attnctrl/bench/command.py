@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="A,B{PARAM=VALUE},C+D",
         help='comma-separated; "none" is the stock pipeline, "ideal" the best score there is; parameters as in '
-        '"loco{scale=30|60;iterations=3}"; for edit with @INVERSION and, where the mask is given, :mask',
+        '"loco{scale=30|60;iterations=3}"; for edit with @INVERSION (not on shapes-instruct) and, where the mask is '
+        "given, :mask",
     )
     parser.add_argument("--split", choices=("tune", "test"), help="which prompts (dose: tune; else: test)")
     parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead: 10)")
@@ -87,8 +88,11 @@ def _comparison(args: argparse.Namespace, bench: ModuleType) -> Results:
 def _edit(args: argparse.Namespace) -> Results:
     images = args.images or (edit.QUICK_IMAGES if args.quick else edit.IMAGES)
     settings = _settings(args, steps=25, batch=1)
-    ways = edit.parse_ways(args.methods or edit.METHODS)
     pipe = _load(args)
+    if edit.instructed(pipe):
+        ways = edit.parse_instruct_ways(args.methods or edit.INSTRUCT_METHODS)
+    else:
+        ways = edit.parse_ways(args.methods or edit.METHODS)
     results = _results(args, settings, images=images, weights=fingerprint(pipe))
     if args.resume:
         results.resume()

@@ -1,4 +1,7 @@
-"""`bench edit`: given pictures edited by every method, inversion and mask; what changed, and what did not."""
+"""`bench edit`: given pictures edited by every method, inversion and mask; what changed, and what did not.
+
+On InstructPix2Pix the edits are told by instructions, and nothing is inverted.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,9 @@ from attnctrl.errors import ControlError
 from attnctrl.inversion import INVERSIONS, inversion
 from attnctrl.models import call_arguments
 from attnctrl.pipelines.editing import EditPipeline
+from attnctrl.pipelines.instruct import InstructPipeline
+from attnctrl.processors import family_of
+from attnctrl.shapes.instructions import GONE, instruction_for
 
 TABLE = ("edited", "kept", "background_psnr", "max_error", "leak_in", "leak_out")
 IMAGES, QUICK_IMAGES = 20, 2
@@ -35,11 +41,17 @@ METHODS = (
     "mutual-self-attention@direct,mutual-self-attention@edit-friendly,prompt-to-prompt@virtual:mask,"
     "prompt-to-prompt@edit-friendly:mask,ale-edit@virtual:mask"
 )
+INSTRUCT_METHODS = (
+    "none,focus-on-instruction,focus-on-instruction{modulate=false},focus-on-instruction{disentangle=false},"
+    "focus-on-instruction{separate=true},focus-on-instruction:mask,lime,lime:mask"
+)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One row: how pictures are edited. inversion: None for the floors, which have no source branch."""
+    """One row: how pictures are edited. inversion: None for the floors, which have no source branch, and for
+    instructions.
+    """
 
     label: str
     spec: Spec | None
@@ -70,13 +82,35 @@ def parse_ways(text: str) -> list[Way]:
     return ways
 
 
+def instructed(pipe: Any) -> bool:
+    """Whether a pipeline follows instructions."""
+    return bool(getattr(family_of(pipe), "instructed", False))
+
+
+def parse_instruct_ways(text: str) -> list[Way]:
+    """The rows of a comma-separated list for an instruction-following pipeline: methods, and :mask.
+
+    Raises ControlError for names that are not known.
+    """
+    ways = []
+    for item in split_list(text):
+        rest, colon, mask = item.rpartition(":")
+        masked = bool(colon) and mask == "mask"
+        ways += [
+            Way(f"{spec.label}{':mask' if masked else ''}", spec, None, masked)
+            for spec in parse_methods(rest if masked else item)
+        ]
+    return ways
+
+
 def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image:
     """One edited picture. Raises ControlError where the method cannot make this edit."""
     if way.spec is None:
         return _floor(pipe, task, way, settings)
+    if way.inversion is None:
+        return _instruct(pipe, task, way, settings)
     edits = task.edits if way.masked else tuple(replace(one, mask=None) for one in task.edits)
     controls = way.spec.controls({"edits": edits})
-    assert way.inversion is not None
     result = EditPipeline(pipe)(
         task.picture,
         task.layout.prompt,
@@ -84,6 +118,28 @@ def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image
         edits=edits,
         method=controls or NONE,
         inversion=way.inversion,
+        num_inference_steps=settings.steps,
+        guidance=settings.guidance,
+        seed=task.seed,
+        record=False,
+        **settings.call,
+    )
+    return result.images[0]
+
+
+def _instruct(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image:
+    assert way.spec is not None
+    parts = [(one.source, one.target or GONE) for one in task.edits]
+    given: dict[str, Any] = {
+        "phrases": [source for source, _ in parts],
+        "instructions": [instruction_for([part]) for part in parts],
+    }
+    if way.masked:
+        given |= {"masks": [one.mask for one in task.edits], "region": task.mask}
+    result = InstructPipeline(pipe)(
+        task.picture,
+        instruction_for(parts),
+        method=way.spec.controls(given) or NONE,
         num_inference_steps=settings.steps,
         guidance=settings.guidance,
         seed=task.seed,

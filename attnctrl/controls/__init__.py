@@ -8,8 +8,10 @@ from typing import Any
 from attnctrl.control import Control, Where
 from attnctrl.controls.editing.ale_edit import AleEdit
 from attnctrl.controls.editing.controlled_flow import TowardNoise, TowardPicture
+from attnctrl.controls.editing.focus_on_instruction import FocusOnInstruction
 from attnctrl.controls.editing.follow_source import FollowSource
 from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
+from attnctrl.controls.editing.lime import Lime
 from attnctrl.controls.editing.multi_mask_inpaint import MultiMaskInpaint
 from attnctrl.controls.editing.mutual_self_attention import MutualSelfAttention
 from attnctrl.controls.editing.null_text import NullText
@@ -112,6 +114,8 @@ REGISTRY = {
         Method("mutual-self-attention", MutualSelfAttention, "editing"),
         Method("ale-edit", AleEdit, "editing"),
         Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
+        Method("focus-on-instruction", FocusOnInstruction, "editing"),
+        Method("lime", Lime, "editing"),
         Method("soft-pag", SoftPAG, "guidance"),
         Method("self-attention-guidance", SelfAttentionGuidance, "guidance"),
         Method("semantic-cfg", SemanticCFG, "guidance"),
@@ -151,10 +155,12 @@ __all__ = [
     "Draft",
     "DynamicPrompt",
     "EliGen",
+    "FocusOnInstruction",
     "FollowSource",
     "InitNO",
     "InpaintFusion",
     "LayoutGuidance",
+    "Lime",
     "LoCo",
     "Method",
     "MultiMaskInpaint",

@@ -40,15 +40,17 @@ class Family:
     prediction is a call of its own, after the conditional one, not the first half of the batch. encodes: how often
     the pipeline calls `encode_prompt` for one picture, 2 where the negative prompt has a call of its own. blocks: the
     paths of the blocks that may be compiled one by one, as a regular expression; for families with `names.extras`.
+    encoder: the pipeline's method that encodes the prompt.
     """
 
     describes: ClassVar[str] = ""
     processor: ClassVar[type]
     plain: ClassVar[tuple[type, ...]] = ()
-    names: ClassVar[Names] = Names()
+    names: Names = Names()
     separate: ClassVar[bool] = False
     encodes: ClassVar[int] = 1
     blocks: ClassVar[str] = ""
+    encoder: str = "encode_prompt"
 
     def __init__(self, *denoisers: torch.nn.Module) -> None:
         """denoisers: the pipeline's, of one architecture; with several, each takes some of the steps."""
@@ -202,8 +204,12 @@ class Family:
         return output
 
     # its text ---------------------------------------------------------------------------------------------------
+    def parts(self, outputs: Any, guided: bool) -> tuple:
+        """What `encode_prompt` returned, one tensor for each kind of text; guided: whether for guidance as well."""
+        return outputs
+
     def text(self, outputs: tuple) -> Text:
-        """The result of one `encode_prompt`."""
+        """The result of one `encode_prompt`, in `parts`."""
         raise NotImplementedError
 
     def outputs(self, text: Text, like: tuple) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +18,19 @@ from diffusers.models.attention_processor import (
 
 from attnctrl.processors.classic import ClassicProcessor
 from attnctrl.processors.family import Family, Names, uncompiled
+from attnctrl.processors.work import Branch, halves_of, thirds_of
 from attnctrl.prompt import Reader
 from attnctrl.sites import Grid, Site
 from attnctrl.text import Text
 
 
 class UNetFamily(Family):
-    """How the run reads a UNet pipeline."""
+    """How the run reads a UNet pipeline.
 
-    describes = "Stable Diffusion 1.x, 2.x and XL pipelines (UNet2DConditionModel)"
+    instructed: InstructPix2Pix, which is guided by a text and a picture, so that its batch has three branches.
+    """
+
+    describes = "Stable Diffusion 1.x, 2.x, XL and InstructPix2Pix pipelines (UNet2DConditionModel)"
     processor = ClassicProcessor
     # These compute the same function of the layer's weights; others (IP-Adapter's, PAG's) do more than that.
     plain = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -33,7 +38,14 @@ class UNetFamily(Family):
     blocks = r"\.transformer_blocks\.\d+$"
 
     def __init__(self, pipe: Any) -> None:
+        from diffusers import StableDiffusionInstructPix2PixPipeline
+
         super().__init__(pipe.unet)
+        self.instructed = isinstance(pipe, StableDiffusionInstructPix2PixPipeline)
+        if self.instructed:
+            self.encoder = "_encode_prompt"
+            # A compiled layer takes its mask to be that of the last rows, and here the conditional ones come first.
+            self.names = replace(self.names, extras="")
 
     @staticmethod
     def fits(pipe: Any) -> bool:
@@ -60,8 +72,11 @@ class UNetFamily(Family):
         _, _, height, width = self.signature.get(args, kwargs, "sample").shape
         return 1, int(height), int(width)
 
+    def branches(self, rows: int, pictures: int, number: int) -> tuple[Branch, ...]:
+        return thirds_of(rows, pictures) if self.instructed else halves_of(rows, pictures)
+
     def latents(self, sample: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Inpainting UNets take more channels than they return, the rest being conditions."""
+        """UNets for inpainting and instructions take more channels than they return, the rest being conditions."""
         return sample[:, : int(self.model.config.out_channels)]
 
     def with_pooled(self, args: tuple, kwargs: dict[str, Any], pooled: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
@@ -71,11 +86,19 @@ class UNetFamily(Family):
             return args, kwargs
         return self.signature.put(args, kwargs, "added_cond_kwargs", {**conditions, "text_embeds": pooled})
 
+    def parts(self, outputs: Any, guided: bool) -> tuple:
+        """InstructPix2Pix's is one tensor: the text, and for guidance the negative text for the other two branches."""
+        if not self.instructed:
+            return outputs
+        return outputs.chunk(3)[:2] if guided else (outputs,)
+
     def text(self, outputs: tuple) -> Text:
         """The result of `encode_prompt`: (positive, negative) or (positive, negative, pooled, negative pooled)."""
         return Text(*outputs)
 
-    def outputs(self, text: Text, like: tuple) -> tuple:
+    def outputs(self, text: Text, like: Any) -> Any:
+        if self.instructed:
+            return text.positive if text.negative is None else torch.cat([text.positive, text.negative, text.negative])
         return (text.positive, text.negative, text.pooled, text.negative_pooled)[: len(like)]
 
     def readers(self, pipe: Any, arguments: dict[str, Any]) -> list[Reader]:

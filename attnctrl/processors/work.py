@@ -38,6 +38,22 @@ def halves_of(rows: int, pictures: int) -> tuple[Branch, ...]:
     )
 
 
+def thirds_of(rows: int, pictures: int) -> tuple[Branch, ...]:
+    """The branches of a batch guided by a text and a given picture: both, the picture alone, neither.
+
+    A batch of as many rows as pictures is not guided. Raises ControlError for other numbers of rows.
+    """
+    if rows == pictures:
+        return (Branch("cond", slice(0, pictures)),)
+    if rows == 3 * pictures:
+        names = ("cond", "image", "uncond")
+        return tuple(Branch(name, slice(i * pictures, (i + 1) * pictures)) for i, name in enumerate(names))
+    raise ControlError(
+        f"the denoiser got a batch of {rows} for {pictures} pictures: InstructPix2Pix has the rows of text and "
+        "picture alone, or before as many of the picture alone and as many of neither."
+    )
+
+
 def call_of(rows: int, pictures: int, number: int) -> tuple[Branch, ...]:
     """The branch of call `number` (0, 1) of a step, where each branch has a call of its own, conditional first.
 

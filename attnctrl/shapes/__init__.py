@@ -6,6 +6,7 @@ Importing this needs numpy and torch only; diffusers is imported by `load`, trai
 from .captions import phrase, prompt_for
 from .captions_video import clip_prompt
 from .detect import Detection, Found, detect
+from .instructions import instruction_for
 from .layouts import Layout, sample_layout
 from .motion import MOTIONS, Clip, Mover, sample_clip
 from .pretrained import VIDEO_CALL, load, weights_path
@@ -17,6 +18,7 @@ from .world import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Scene, Thing, sample_
 __all__ = [
     "BACKGROUNDS", "COLOURS", "HELD_OUT", "MOTIONS", "SHAPES", "VIDEO_CALL", "Clip", "ClipScore", "Detection", "Found",
     "Layout", "Mover", "Scene", "Score", "Thing", "bound", "clip_prompt", "detect", "extra", "fitted_iou", "in_box",
-    "iou", "leaked", "load", "neglected", "phrase", "present", "prompt_for", "render", "render_clip", "sample_clip",
-    "sample_layout", "sample_scene", "scene_rng", "score_clip", "score_image", "thing_mask", "weights_path",
+    "instruction_for", "iou", "leaked", "load", "neglected", "phrase", "present", "prompt_for", "render", "render_clip",
+    "sample_clip", "sample_layout", "sample_scene", "scene_rng", "score_clip", "score_image", "thing_mask",
+    "weights_path",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel
 
 from . import models
 from .ema import Average
-from .pretrained import assemble
+from .pretrained import assemble, assemble_instruct
 from .tokenizer import load_tokenizer
 
 
@@ -67,6 +67,19 @@ def export_transformer(out: Path, path: Path) -> int:
     transformer.to(torch.float16).save_pretrained(path / "transformer", safe_serialization=True)
     models.flow_scheduler().save_pretrained(path / "scheduler")
     assemble(transformer, models.flow_scheduler()).save_config(path)
+    return saved["step"]
+
+
+def export_instruct(out: Path, path: Path) -> int:
+    """Write the denoiser of 8 channels as it stands in `out`, with scheduler and pipeline index; returns the step."""
+    unet = models.denoiser(in_channels=2 * models.LATENT_CHANNELS)
+    saved = torch.load(out / "instruct.pt", map_location="cpu", weights_only=True)
+    average = Average({"unet": unet}, 0.0)
+    average.load_state_dict(saved["state"]["average"])
+    average.copy_to({"unet": unet})
+    unet.to(torch.float16).save_pretrained(path / "unet", safe_serialization=True)
+    models.scheduler().save_pretrained(path / "scheduler")
+    assemble_instruct(unet, models.scheduler()).save_config(path)
     return saved["step"]
 
 

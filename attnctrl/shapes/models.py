@@ -1,7 +1,8 @@
 """Architectures of the shapes models: configurations and constructors, nothing trained.
 
 `sd` is a StableDiffusionPipeline in miniature: 128x128 images, 16x16 latents of 4 channels, 32 text tokens. `dit` is a
-FluxPipeline in miniature with the same autoencoder and text encoder: 64 latent tokens of 2x2 patches.
+FluxPipeline in miniature with the same autoencoder and text encoder: 64 latent tokens of 2x2 patches. `instruct` is a
+StableDiffusionInstructPix2PixPipeline with the parts of `sd` and a denoiser of its own, which takes 8 channels.
 """
 
 from __future__ import annotations

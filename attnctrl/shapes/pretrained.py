@@ -13,7 +13,14 @@ from attnctrl.errors import ControlError
 from .motion import FRAMES
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel, SchedulerMixin
+    from diffusers import (
+        DiffusionPipeline,
+        FluxPipeline,
+        FluxTransformer2DModel,
+        SchedulerMixin,
+        StableDiffusionInstructPix2PixPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextModel
 
 _WEIGHTS = Path(__file__).parent / "weights"
@@ -38,12 +45,22 @@ def weights_path(name: str = "sd") -> Path:
             "the shapes model 'video' is not in this installation: train it by `attnctrl train-shapes video --out DIR` "
             "and load DIR/pipeline by WanPipeline.from_pretrained."
         )
+    if name == "instruct" and name not in folders:
+        raise ControlError(
+            "the shapes model 'instruct' is not in this installation: train it by `attnctrl train-shapes instruct "
+            "--out DIR` and load it by attnctrl.shapes.load('instruct', folder='DIR/pipeline')."
+        )
     if name not in folders:
         raise ControlError(f"unknown shapes model {name!r}; known: {', '.join(folders) or 'none'}.")
     return folders[name]
 
 
-def load(name: str = "sd", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DiffusionPipeline:
+def load(
+    name: str = "sd",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    folder: str | Path | None = None,
+) -> DiffusionPipeline:
     """A shipped shapes model as a stock pipeline for 128x128 images, or clips.
 
     Args:
@@ -53,22 +70,37 @@ def load(name: str = "sd", dtype: torch.dtype = torch.float32, device: str | tor
             `negative_prompt=""`; `LayoutPipeline` and the commands see to both. "dit+entities" is the same with the
             LoRA that EliGen's masks were trained with, for `EliGen(regions, entity_tokens=8)`; `disable_lora()` and
             `enable_lora()` of the pipeline switch it. "video" is a Wan in miniature, of moving shapes: 9 frames, called
-            with `**VIDEO_CALL`; its text encoder is that of "sd" with further words.
+            with `**VIDEO_CALL`; its text encoder is that of "sd" with further words. "instruct" is an InstructPix2Pix
+            in miniature: `pipe(instruction_for([("red circle", "blue circle")]), image=picture)`; it shares the text
+            encoder and the autoencoder of "sd".
         dtype: of the weights once loaded; they are stored in float16.
         device: where to put them.
+        folder: of a model of this kind that was trained by `attnctrl train-shapes`, its OUT/pipeline, in place of the
+            shipped one.
 
     Raises:
         ControlError: the name is unknown, or a LoRA is asked for and peft is not installed.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, StableDiffusionPipeline, WanPipeline
+    from diffusers import (
+        DDIMScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        FluxTransformer2DModel,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+        WanPipeline,
+    )
 
     model, plus, lora = name.partition("+")
-    path = weights_path(model)
+    path = weights_path(model) if folder is None else Path(folder)
     # Converted here rather than by from_pretrained, whose argument for it changed its name.
     if name == "sd":
         return StableDiffusionPipeline.from_pretrained(path, local_files_only=True).to(device, dtype)
     if name == "video":
         return WanPipeline.from_pretrained(path, local_files_only=True).to(device, dtype)
+    if name == "instruct":
+        scheduler = DDIMScheduler.from_pretrained(path / "scheduler")
+        unet = UNet2DConditionModel.from_pretrained(path / "unet", local_files_only=True)
+        return assemble_instruct(unet, scheduler).to(device, dtype)
     adapter = weights_path(name) if plus else None
     transformer = FluxTransformer2DModel.from_pretrained(path / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler")
@@ -84,6 +116,13 @@ def shipped_text_encoder() -> CLIPTextModel:
     from transformers import CLIPTextModel
 
     return CLIPTextModel.from_pretrained(weights_path("sd") / "text_encoder").float()
+
+
+def shipped_denoiser() -> UNet2DConditionModel:
+    """The denoiser of "sd" in float32."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(weights_path("sd") / "unet").float()
 
 
 def need_peft(what: str) -> None:
@@ -109,3 +148,20 @@ def assemble(transformer: FluxTransformer2DModel, scheduler: SchedulerMixin) -> 
     # What the pipeline takes for its size, in latents, when none is given; FLUX.1's is 128.
     pipeline.default_sample_size = base.unet.config.sample_size
     return pipeline
+
+
+def assemble_instruct(unet: UNet2DConditionModel, scheduler: SchedulerMixin) -> StableDiffusionInstructPix2PixPipeline:
+    """The instruction-following pipeline around a denoiser of 8 input channels."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    base = load("sd")
+    return StableDiffusionInstructPix2PixPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -15,13 +15,14 @@ from attnctrl.errors import ControlError
 
 from .budget import Budget
 from .crew import Crew, run
-from .export import export, export_transformer, load_vae, text_encoder
-from .pretrained import need_peft, shipped_text_encoder, weights_path
+from .export import export, export_instruct, export_transformer, load_vae, text_encoder
+from .pretrained import need_peft, shipped_denoiser, shipped_text_encoder, weights_path
 from .train_autoencoder import AutoencoderRecipe, psnr, refine_decoder, train_autoencoder
 from .train_clips import ClipRecipe
-from .train_denoiser import DenoiserRecipe, encode_world, scene_latents, train_denoiser
+from .train_denoiser import DenoiserRecipe, encode_world, gathered, scene_latents, train_denoiser
 from .train_entities import EntityRecipe, save_lora, train_entities
 from .train_flow import FlowRecipe
+from .train_instruct import InstructRecipe, encode_changes, train_instruct
 from .train_text import TextRecipe, train_text_encoder
 from .train_transformer import TransformerRecipe, train_transformer
 from .train_video import SHARES as VIDEO_SHARES
@@ -31,6 +32,7 @@ Recipe = TypeVar("Recipe", bound=FlowRecipe)
 
 SHARES = {
     "sd": {"autoencoder": 0.19, "text": 0.02, "denoiser": 0.71, "decoder": 0.08},
+    "instruct": {"instruct": 1.0},
     "dit": {"transformer": 1.0},
     "entities": {"entities": 1.0},
     "video": VIDEO_SHARES,
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps of each stage instead of minutes; reproducible",
     )
-    parser.add_argument("--scenes", type=int, help="how many scenes, or clips, the last model learns from")
+    parser.add_argument("--scenes", type=int, help="how many scenes, changes or clips the last model learns from")
     parser.add_argument("--batch", type=int, help="batch of the denoiser or transformer; a multiple of --processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
@@ -121,6 +123,11 @@ def _denoiser_stage(crew: Crew, out: Path, budget: Budget, recipe: DenoiserRecip
     train_denoiser(text, latents, out, budget, recipe, device, resume, crew)
 
 
+def _instruct_stage(crew: Crew, out: Path, budget: Budget, recipe: InstructRecipe, device: str, resume: bool) -> None:
+    latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
+    train_instruct(shipped_denoiser(), shipped_text_encoder(), latents, out, budget, recipe, device, resume, crew)
+
+
 def _transformer_stage(
     crew: Crew, out: Path, budget: Budget, recipe: TransformerRecipe, device: str, resume: bool
 ) -> None:
@@ -149,9 +156,14 @@ def main(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        {"sd": _train_sd, "dit": _train_dit, "entities": _train_entities, "video": _train_video}[args.name](
-            args, budget
-        )
+        trainings = {
+            "sd": _train_sd,
+            "instruct": _train_instruct,
+            "dit": _train_dit,
+            "entities": _train_entities,
+            "video": _train_video,
+        }
+        trainings[args.name](args, budget)
         return 0
     finally:
         torch.set_flush_denormal(False)
@@ -179,6 +191,18 @@ def _train_sd(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
     run(processes, out, _decoder_stage, out, budget["decoder"], images, device, resume)
     print(f"autoencoder after decoder refinement: {psnr(load_vae(out / 'decoder.pt'), 24):.2f} dB", flush=True)
     export(out, out / "pipeline")
+
+
+def _train_instruct(args: argparse.Namespace, budget: dict[str, Budget]) -> None:
+    """On the denoiser, the autoencoder and the text encoder that ship with `sd`."""
+    batch = args.batch or (128 if args.device != "cpu" else InstructRecipe.batch)
+    recipe = InstructRecipe(seed=args.seed, batch=batch, scenes=args.scenes or InstructRecipe.scenes)
+    if not (args.resume and (args.out / "latents.pt").exists()):
+        vae = weights_path("sd") / "vae"
+        latents = gathered(encode_changes, vae, args.out, recipe.scenes, args.device, _processes(args))
+        torch.save({"latents": latents.half()}, args.out / "latents.pt")
+    run(_processes(args), args.out, _instruct_stage, args.out, budget["instruct"], recipe, args.device, args.resume)
+    export_instruct(args.out, args.out / "pipeline")
 
 
 def _train_dit(args: argparse.Namespace, budget: dict[str, Budget]) -> None:

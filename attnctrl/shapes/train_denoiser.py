@@ -97,19 +97,24 @@ def encode_world(vae: AutoencoderTiny, out: Path, count: int, device: str = "cpu
     return latents
 
 
-def draw_batch(recipe: DenoiserRecipe, step: int, latents: Tensor, scenes: list[Scene]) -> tuple[Tensor, ...]:
-    """Clean latents (n, 4, 16, 16), noise, timesteps (n,), token ids (n, 32): a function of (seed, step) alone.
+def draw_noise(recipe: DenoiserRecipe, step: int, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise like `clean`, (n, ...), and timesteps (n,): a function of (seed, step) alone.
 
     Timesteps are stratified: one uniform draw in each n-th of the schedule, which makes the loss less noisy.
     """
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    noise = torch.randn(clean.shape, generator=generator)
+    strata = (torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)) / len(clean)
+    return noise, (strata * 1000).long().clamp(max=999)
+
+
+def draw_batch(recipe: DenoiserRecipe, step: int, latents: Tensor, scenes: list[Scene]) -> tuple[Tensor, ...]:
+    """Clean latents (n, 4, 16, 16), noise, timesteps (n,), token ids (n, 32): a function of (seed, step) alone."""
     rng = scene_rng(recipe.seed + 100, step)
     chosen = rng.integers(0, len(scenes), recipe.batch)
     ids = encode_captions([training_caption(scenes[i], rng) for i in chosen])
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     clean = latents[torch.from_numpy(chosen)].float()
-    noise = torch.randn(clean.shape, generator=generator)
-    strata = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch
-    return clean, noise, (strata * 1000).long().clamp(max=999), ids
+    return clean, *draw_noise(recipe, step, clean), ids
 
 
 class Pair(nn.Module):
@@ -160,14 +165,38 @@ def train_denoiser(
     stage = Stage(out / "denoiser.pt", budget, {**modules, "average": average, "optimiser": optimiser}, crew)
     if resume:
         stage.resume()
-    model = crew.wrap(Pair(unet, text))
     scenes = [world_scene(i) for i in range(len(latents))]
+
+    def draw(step: int) -> tuple[Tensor, ...]:
+        return draw_batch(recipe, step, latents, scenes)
+
+    fit_noise(stage, Pair(unet, text), draw, average, optimiser, recipe, device)
+    average.copy_to(modules)
+    return unet.eval(), text.eval()
+
+
+def fit_noise(
+    stage: Stage,
+    module: nn.Module,
+    draw: Callable[[int], tuple[Tensor, ...]],
+    average: Average,
+    optimiser: torch.optim.Optimizer,
+    recipe: DenoiserRecipe,
+    device: str,
+) -> None:
+    """Run `stage` to the end of its budget: min-SNR-weighted (predicted - noise)^2.
+
+    module: from noisy latents, timesteps and what else `draw` gives to the predicted noise.
+    draw: for a step, clean latents, noise, timesteps and what else `module` takes, each with the batch first.
+    """
+    model = stage.crew.wrap(module)
+    parameters = [p for p in module.parameters() if p.requires_grad]
     alphas = models.scheduler().alphas_cumprod
-    bar = stage.bar("denoiser")
+    bar = stage.bar(stage.path.stem)
     smooth = None
     stage.start_clock()
     while stage.progress < 1:
-        clean, noise, steps, ids = (crew.share(t) for t in draw_batch(recipe, stage.step, latents, scenes))
+        clean, noise, steps, *given = (stage.crew.share(t) for t in draw(stage.step))
         signal = alphas[steps][:, None, None, None]
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
         snr = (signal / (1 - signal)).flatten()
@@ -175,7 +204,7 @@ def train_denoiser(
         stage.set_rate(optimiser, learning_rate(recipe.lr, stage.progress, stage.step, recipe.warmup, recipe.flat))
         noisy = noisy.to(device, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
-            predicted = model(noisy, steps.to(device), ids.to(device))
+            predicted = model(noisy, steps.to(device), *(t.to(device) for t in given))
         error = (predicted.float() - noise.to(device)).square().mean((1, 2, 3))
         optimiser.zero_grad(set_to_none=True)
         (weight * error).mean().backward()
@@ -189,5 +218,3 @@ def train_denoiser(
         bar.update(int(1000 * stage.progress) - bar.n)
     bar.close()
     stage.save()
-    average.copy_to(modules)
-    return unet.eval(), text.eval()

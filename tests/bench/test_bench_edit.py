@@ -6,15 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import attnctrl as ac
-from attnctrl.bench.edit import METHODS, parse_ways
+from attnctrl.bench import edit
+from attnctrl.bench.draw import Settings
+from attnctrl.bench.edit import INSTRUCT_METHODS, METHODS, instructed, parse_instruct_ways, parse_ways
 from attnctrl.bench.edit_score import MARGIN, edited_share, grown, kept_share, score_edit, toward
 from attnctrl.bench.edit_tasks import KINDS, EditTask, make_edits
 from attnctrl.bench.likeness import psnr
 from attnctrl.bench.tasks import fitted
 from attnctrl.edits import edited
+from attnctrl.shapes import models
 from attnctrl.shapes.detect import detect
+from attnctrl.shapes.instructions import instruction_for
+from attnctrl.shapes.pretrained import assemble_instruct
 from attnctrl.shapes.render import render
 from attnctrl.shapes.world import HELD_OUT, Scene
 
@@ -98,3 +104,34 @@ def test_rows_are_written_as_method_inversion_and_mask() -> None:
         parse_ways("prompt-to-prompt")
     with pytest.raises(ac.ControlError, match='inversion "magic" is unknown'):
         parse_ways("none@magic")
+
+
+def test_rows_for_instructions() -> None:
+    ways = parse_instruct_ways("none,lime:mask,focus-on-instruction{separate=true}")
+    assert [(w.label, w.inversion, w.masked) for w in ways] == [
+        ("none", None, False),
+        ("lime:mask", None, True),
+        ("focus-on-instruction{separate=true}", None, False),
+    ]
+    assert len(parse_instruct_ways(INSTRUCT_METHODS)) == 8
+    with pytest.raises(ac.ControlError, match='method "magic" is unknown'):
+        parse_instruct_ways("magic")
+
+
+@pytest.mark.slow
+def test_every_kind_can_be_told_as_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an untrained model, for every method: what is measured is that words, masks and sizes fit."""
+    torch.manual_seed(0)
+    pipe = assemble_instruct(models.denoiser(in_channels=8).eval(), models.scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    assert instructed(pipe)
+    told = []
+    monkeypatch.setattr(edit, "instruction_for", lambda parts: told.append(parts) or instruction_for(parts))
+    methods = "none,focus-on-instruction{separate=true},focus-on-instruction:mask,lime:mask"
+    for kind in KINDS:
+        (task,) = make_edits(kind, 1)
+        for way in parse_instruct_ways(methods if kind in ("two", "remove") else "none"):
+            drawn = edit.edit(pipe, task, way, Settings(steps=3))
+            assert drawn.size == (128, 128)
+        assert [source for source, _ in told[-1]] == [one.source for one in task.edits]
+        assert all(target for _, target in told[-1])

@@ -91,7 +91,7 @@ class InpaintFusion(Control):
         if self.fuse == "after" or prediction.uncond is None:
             return fused(prediction.combined, source, state.inside, self.background_weight)
         cond = fused(prediction.cond, source, state.inside, self.background_weight)
-        return prediction.uncond + prediction.scale * (cond - prediction.uncond)
+        return prediction.guided(cond)
 
     def latents(self, latents: torch.Tensor, step: Step, state: State) -> torch.Tensor:
         """After the last step, without what the rounding of the steps has left."""

@@ -34,5 +34,7 @@ class SourceGuidance(Control):
     def guide(self, prediction: Prediction, step: Step, state: Sources) -> torch.Tensor:
         if prediction.uncond is None:
             return prediction.combined
-        own = prediction.uncond + self.scale * (prediction.cond - prediction.uncond)
+        assert prediction.textless is not None
+        start = prediction.uncond if prediction.image is None else prediction.guided(prediction.image)
+        own = start + self.scale * (prediction.cond - prediction.textless)
         return torch.where(state.edits(own), prediction.combined, own)

@@ -169,7 +169,8 @@ class SemanticCFG(Control):
         inside = foreground(state.maps("uncond", POWERS[self.variant])[0])
         state.cross.clear()
         state.own.clear()
-        apart = (prediction.own - prediction.uncond).float()
+        assert prediction.textless is not None
+        apart = (prediction.own - prediction.textless).float()
         shape = apart.shape[2:] if apart.ndim == 5 else (1, *apart.shape[2:])
         scale = prediction.scale
         regions, inside = (

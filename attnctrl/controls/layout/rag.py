@@ -189,11 +189,11 @@ class RAG(Control):
         combined = prediction.combined
         if step.progress >= self.hard_binding:
             return combined
-        scale = prediction.scale
         for one in state.bound:
             part = prediction.again(one.text.positive, pooled=one.text.pooled, crop=one.crop)
             if prediction.uncond is not None:
                 free = prediction.again(crop=one.crop, branch="uncond")
-                part = free + scale * (part - free)
+                seen = None if prediction.image is None else prediction.again(crop=one.crop, branch="image")
+                part = prediction.guided(part, free, seen)
             combined = bind(combined, part, one.inside, one.crop)
         return combined
