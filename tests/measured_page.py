@@ -20,7 +20,8 @@ from tests.families_page import table, written
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, README, RESULTS = DOCS / "measured.md", DOCS.parent / "README.md", DOCS / "results"
-NAMES = {GUIDED_THEN_MASKED: "layout-guidance, then region-mask *", "none": "none", "ideal": "ideal"}
+LORA = "`eligen`, with its LoRA"
+NAMES = {GUIDED_THEN_MASKED: "layout-guidance, then region-mask *", "none": "none", "ideal": "ideal", LORA: LORA}
 DECIDES = ("task", "model", "settings")
 
 Result = dict[str, Any]
@@ -62,16 +63,16 @@ def full(result: Result, metrics: Sequence[str]) -> str:
 
 
 def short(result: Result, metrics: Sequence[str], times: dict[str, float]) -> str:
-    """One row per method, `metrics` with slashes per number of objects, and its time in stock runs."""
+    """One row per method, `metrics` with slashes per number of objects, and its time in stock runs where known."""
     objects = sorted({row["objects"] for row in result["rows"]})
     cells = {(row["method"], row["objects"]): row["metrics"] for row in result["rows"]}
     body = []
     for method in dict.fromkeys(row["method"] for row in result["rows"]):
         by_objects = [cells.get((method, n)) for n in objects]
         figures = ["-" if c is None else " / ".join(f"{c[m]['value']:.2f}" for m in metrics) for c in by_objects]
-        time = f"{times[method]:.1f}x" if method in times else "-"
-        body.append([NAMES.get(method, f"`{method}`"), *figures, time])
-    return table(["method", *(f"{n} objects" for n in objects), "time"], body)
+        time = [f"{times[method]:.1f}x" if method in times else "-"] if times else []
+        body.append([NAMES.get(method, f"`{method}`"), *figures, *time])
+    return table(["method", *(f"{n} objects" for n in objects), *(["time"] if times else [])], body)
 
 
 def ratios(result: Result) -> dict[str, float]:
@@ -83,15 +84,25 @@ def ratios(result: Result) -> dict[str, float]:
     return {method: sum(each) / len(each) for method, each in found.items()}
 
 
+def joint() -> Result:
+    """The FLUX-class model's results, and its LoRA's as one more method."""
+    base, lora = read("layout_dit"), read("layout_entities")
+    named = [{**row, "method": LORA} for row in lora["rows"]]
+    return {**base, "rows": [*base["rows"], *named]}
+
+
 LAYOUT = ("present", "in_box", "iou", "fitted_iou", "bound", "extra", "background")
 
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     PAGE: {
         "layout": lambda: full(read("layout"), LAYOUT),
+        "joint": lambda: full(read("layout_dit"), LAYOUT),
+        "entities": lambda: full(read("layout_entities"), LAYOUT),
         "dose": lambda: full(read("dose"), ("present", "in_box", "iou", "bound", "background")),
     },
     README: {
         "layout": lambda: short(read("layout"), ("present", "in_box", "iou"), ratios(read("layout_times"))),
+        "joint": lambda: short(joint(), ("present", "in_box", "iou"), {}),
     },
 }
 
