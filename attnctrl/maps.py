@@ -34,6 +34,11 @@ class Maps:
     def __len__(self) -> int:
         return len(self._steps)
 
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps in the order in which `of` stacks them."""
+        return sorted(self._steps)
+
     def __contains__(self, phrase: object) -> bool:
         return phrase in self.phrases
 
