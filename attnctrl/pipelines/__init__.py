@@ -4,5 +4,14 @@ from attnctrl.pipelines.editing import EditPipeline, EditResult
 from attnctrl.pipelines.layout import LayoutPipeline, LayoutResult
 from attnctrl.pipelines.paro import calibrate_paro
 from attnctrl.pipelines.plan_sparse import plan_sparse
+from attnctrl.pipelines.readout import ReadoutPipeline
 
-__all__ = ["EditPipeline", "EditResult", "LayoutPipeline", "LayoutResult", "calibrate_paro", "plan_sparse"]
+__all__ = [
+    "EditPipeline",
+    "EditResult",
+    "LayoutPipeline",
+    "LayoutResult",
+    "ReadoutPipeline",
+    "calibrate_paro",
+    "plan_sparse",
+]
