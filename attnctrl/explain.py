@@ -36,6 +36,7 @@ figure { margin: 0; } figcaption { opacity: .7; font-size: .85rem; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top; }
 tr + tr > * { border-top: 1px solid var(--line); } td.number { font-variant-numeric: tabular-nums; }
 .strip { overflow-x: auto; } .strip td, .strip th { padding: .15rem .2rem; border: 0; white-space: nowrap; }
+.strip small { font-weight: normal; opacity: .7; } .strip td, .strip th { vertical-align: middle; }
 .strip img { display: block; } .cell { width: 3.2rem; image-rendering: pixelated; } .over { width: 6rem; }
 .strip .step { font-weight: normal; opacity: .7; font-size: .8rem; }
 .swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .4rem; }
@@ -115,7 +116,10 @@ def _maps(maps: Maps, picture: Image.Image) -> str:
             f"<tr><th>{escape(phrase)}<br>{scale}</th><td>{_img(over, f'{phrase}, all steps', 'over')}</td>{cells}</tr>"
         )
     some = "" if len(chosen) == len(steps) else f" {len(chosen)} of {len(steps)} steps are shown."
-    note = f"The share of each pixel's attention that the words get, dark is least; mean over heads and layers.{some}"
+    note = (
+        f"The share of each pixel's attention that the words get, mean over heads and layers; dark is the least of "
+        f"the range that stands under the word.{some}"
+    )
     table = f'<table><tr><th></th><th class="step">all steps</th>{heads}</tr>{"".join(rows)}</table>'
     return f'<h2>Attention by word and step</h2><p class="note">{note}</p><div class="strip">{table}</div>'
 

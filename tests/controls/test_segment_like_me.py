@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import attnctrl as ac
-from attnctrl.controls.readout.segment_like_me import coarse_labels, map_loss, part_weights, shares, spread_loss
+from attnctrl.controls.readout.segment_like_me import (
+    by_cells,
+    coarse_labels,
+    map_loss,
+    part_weights,
+    rescaled,
+    shares,
+    spread_loss,
+)
 from tests import tiny
 from tests.editing.material import picture
 from tests.spies import watched
@@ -48,6 +56,13 @@ def test_the_loss_on_maps_by_hand() -> None:
     assert spread_loss(half, labels).item() == pytest.approx(0.5)
     several = torch.cat([half, right])
     torch.testing.assert_close(map_loss(several, labels, weights), torch.tensor([math.log(2), 0.0]), atol=1e-5, rtol=0)
+
+
+def test_the_mean_counts_cells_and_keeps_ranges() -> None:
+    fine, coarse = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 1, 1), 5.0)
+    torch.testing.assert_close(by_cells([fine, coarse], 2, 2), torch.full((1, 1, 2, 2), 1.0))
+    maps, like = torch.tensor([[[[0.2, 0.3, 0.4]]]]), torch.tensor([[[[0.9, 0.1, 0.5]]]])
+    torch.testing.assert_close(rescaled(maps, like), torch.tensor([[[[0.1, 0.5, 0.9]]]]))
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

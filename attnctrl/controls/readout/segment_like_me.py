@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from attnctrl.control import Control, Descent, Loss, Where, Window, param
 from attnctrl.controls.reading import MeanMaps, before, carried, enlarged, own_map, text_shares
 from attnctrl.controls.readout.learned import as_picture, finest, first_word, ground_token, learned_words
-from attnctrl.controls.readout.segment import ALL
+from attnctrl.controls.readout.segment import ALL, unit_range
 from attnctrl.errors import ControlError
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Site, Step
@@ -56,11 +57,23 @@ def spread_loss(maps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (maps - wanted).square().flatten(1).mean(dim=1) * maps.shape[1]
 
 
+def rescaled(maps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Each map (..., height, width) brought to the range of its counterpart in `like`."""
+    low, high = like.amin(dim=(-2, -1), keepdim=True), like.amax(dim=(-2, -1), keepdim=True)
+    return unit_range(maps) * (high - low) + low
+
+
+def by_cells(maps: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
+    """The mean of maps (batch, parts, rows, columns) at one size, each counting by its number of cells."""
+    cells = [m.shape[-2] * m.shape[-1] for m in maps]
+    return torch.stack([enlarged(m, height, width) * n / sum(cells) for m, n in zip(maps, cells, strict=True)]).sum(0)
+
+
 @dataclass
 class State:
     """places: of the background's token and those of the parts. pairs, own: as in Segment.
 
-    spread: of the parts' shares carried on; strength: of the attention that each part gets among all tokens.
+    plain: of the parts' shares; spread: of the same carried on; strength: of what each part gets among all tokens.
     """
 
     places: torch.Tensor
@@ -69,6 +82,7 @@ class State:
     labels: torch.Tensor | None
     pairs: dict[str, tuple[Site, Site | None]]
     own: dict[str, SelfMap] = field(default_factory=dict)
+    plain: MeanMaps = field(default_factory=MeanMaps)
     spread: MeanMaps = field(default_factory=MeanMaps)
     strength: MeanMaps = field(default_factory=MeanMaps)
 
@@ -80,15 +94,16 @@ class SegmentLikeMe(Control):
     With `labels`, (height, width) integers from 0 for the background, it learns: beside `HoldPicture` of the annotated
     picture, Adam moves the embeddings of as many words as there are parts, so that their shares of the attention are
     the labels (cross-entropy, rare parts weighted up), also when self-attention has carried the shares on (mean square
-    error). `words(run)` then gives the embeddings, and with `words` it reads: they take the place of the prompt's first
-    words, and `read(run, size)` gives the labels of whatever the run draws or holds. The background is the start token,
-    which stays (in encoders without one, the end of the text).
+    error). `words(run)` then gives them, and with these as `embeddings` it reads: they take the place of the prompt's
+    first words, and `read(run, size)` gives the labels of whatever the run draws or holds. The background is the start
+    token, which stays (in encoders without one, the end of the text).
 
     Departures: shares of the mean probabilities of the heads, where the code averages logits; S P, the mean of what a
-    pixel looks at, where it sums the rows of S by P, which for a symmetric S is the same up to scale; no third loss on
-    the prediction; no crops; the layers are all that `where` keeps. A part is absent where its attention among all
-    tokens stays below `presence`, and pixels that would be its own go to the next. Put HoldPicture after it, and draw
-    with guidance 1. Families: all for pictures whose text is one tensor (SANA: spread_weight=0).
+    pixel looks at, brought to the range of P as there, where it sums the rows of S by P; no third loss on the
+    prediction; no crops; all layers that `where` keeps, the finer ones counting more; the background's map is not cut
+    off below its mean. A part is absent where its attention among all tokens stays below `presence` everywhere, and
+    pixels that would be its own go to the next. Put HoldPicture after it, and draw with guidance 1. Families: all for
+    pictures whose text is one tensor (SANA: spread_weight=0).
     """
 
     paper: ClassVar[str] = "arXiv 2309.03179"
@@ -159,8 +174,7 @@ class SegmentLikeMe(Control):
         assert state.labels is not None
         layers = maps.cross_layers()
         height, width = finest(layers)
-        found = [enlarged(as_picture(shares(one.probs, state.places), one), height, width) for one in layers]
-        mean = torch.stack(found).mean(dim=0)
+        mean = by_cells([as_picture(shares(one.probs, state.places), one) for one in layers], height, width)
         labels = coarse_labels(state.labels, self.parts, height, width)
         value = map_loss(mean, labels, part_weights(labels, self.parts))
         if self.spread_weight:
@@ -186,8 +200,9 @@ class SegmentLikeMe(Control):
             probs, grid = text_shares(call)[..., : state.tokens], call.queries.grid
             assert grid is not None
             mine = shares(probs, state.places).transpose(1, 2)
-            mine = carried(mine, None if looked is None else state.own.get(looked.name), 1)
-            state.spread.add(call.step.index, call.site.name, grid, mine)
+            carried_on = carried(mine, None if looked is None else state.own.get(looked.name), 1)
+            state.plain.add(call.step.index, call.site.name, grid, mine)
+            state.spread.add(call.step.index, call.site.name, grid, carried_on)
             state.strength.add(call.step.index, call.site.name, grid, probs[..., state.places].transpose(1, 2))
         return call
 
@@ -197,12 +212,12 @@ class SegmentLikeMe(Control):
         Raises ControlError where nothing was read.
         """
         state: State = run.state(self)
-        grids, strengths = state.spread.means(), state.strength.means()
-        if not grids:
-            raise ControlError("SegmentLikeMe has read nothing: give embeddings, and a window that holds steps.")
         width, height = size
-        maps = torch.stack([enlarged(m, height, width) for m in grids.values()]).mean(dim=0)
-        seen = torch.stack([enlarged(m, height, width) for m in strengths.values()]).mean(dim=0)
+        found = [[*means.means().values()] for means in (state.plain, state.spread, state.strength)]
+        if not found[0]:
+            raise ControlError("SegmentLikeMe has read nothing: give embeddings, and a window that holds steps.")
+        plain, spread, seen = (by_cells(maps, height, width) for maps in found)
+        maps = rescaled(spread, plain)
         there = seen.amax(dim=(-2, -1)) >= self.presence
         there[:, 0] = True
         return maps.masked_fill(~there[..., None, None], -1.0).argmax(dim=1).cpu()
