@@ -32,7 +32,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.2
 .tokens small { opacity: .6; margin-left: .3rem; }
 .pair { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
 figure { margin: 0; } figcaption { opacity: .7; font-size: .85rem; }
-.main { width: 20rem; max-width: 100%; image-rendering: auto; }
+.main { width: 17rem; max-width: 100%; image-rendering: auto; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top; }
 tr + tr > * { border-top: 1px solid var(--line); } td.number { font-variant-numeric: tabular-nums; }
 .strip { overflow-x: auto; } .strip td, .strip th { padding: .15rem .2rem; border: 0; white-space: nowrap; }
