@@ -112,6 +112,11 @@ def descend(
             )
             for active, descent, names in losses
         ]
+        steady = next((m for m in members if m.descent.adam and m.learned is None), None)
+        if steady is not None:
+            raise ControlError(
+                f"{steady.active.control.name} asks for Adam on the latents: it moves words alone (learned)."
+            )
         moved = sample.clone().detach()
         start = latents(moved).float().clone()
         learning = [m.active.control.name for m in members if m.learned is not None]

@@ -21,6 +21,8 @@ from attnctrl.controls.readout.segment_like_me import (
 from tests import tiny
 from tests.editing.material import picture
 from tests.spies import watched
+from tests.transformers import FAMILIES
+from tests.transformers import draw as draw_family
 
 LABELS = np.zeros((32, 32), dtype=int)
 LABELS[8:16, 8:16] = 1
@@ -124,8 +126,31 @@ def test_bad_input_is_a_sentence() -> None:
         ac.control(pipe, ac.SegmentLikeMe(LABELS, window=ac.Window(0.9, 0.95))),
     ):
         tiny.draw(pipe, steps=2)
+    wrong = ac.SegmentLikeMe(embeddings=torch.zeros(1, 7))
+    with pytest.raises(ac.ControlError, match=r"embeddings have the shape \(1, 7\)"), ac.control(pipe, wrong):
+        tiny.draw(pipe, steps=1)
     reader = ac.SegmentLikeMe(embeddings=torch.zeros(1, 16))
     with ac.control(pipe, reader, record=False) as run:
         tiny.draw(pipe, steps=4, guidance_scale=1.0)
         with pytest.raises(ac.ControlError, match="has learned nothing"):
             reader.words(run)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sana"])
+def test_other_families_learn_and_read(name: str) -> None:
+    family = FAMILIES[name]
+    pipe = family.make()
+    # SANA's linear self-attention has no maps.
+    weight = 0.0 if name == "sana" else 1.0
+    learner = ac.SegmentLikeMe(LABELS, rate=0.1, iterations=4, spread_weight=weight, window=EVERY_STEP)
+    with ac.control(pipe, learner, ac.HoldPicture(picture()), record=False) as run:
+        draw_family(pipe, family, steps=2, free=True)
+    values = [one.values[0] for one in run.losses if one.step == 0]
+    assert len(values) == 4
+    assert values[-1] < values[0]
+    embeddings = learner.words(run)
+    assert len(embeddings) == 1
+    reader = ac.SegmentLikeMe(embeddings=embeddings, presence=0.0, window=EVERY_STEP)
+    with ac.control(pipe, reader, ac.HoldPicture(picture()), record=False) as run:
+        draw_family(pipe, family, steps=2, free=True)
+    assert reader.read(run, (32, 32)).shape == (1, 32, 32)

@@ -134,6 +134,11 @@ class SegmentLikeMe(Control):
         if self.embeddings is None:
             return text
         first, changed = first_word(sampling, self.name), text.positive.clone()
+        if first + self.parts - 1 > changed.shape[1] or self.embeddings.shape[1:] != changed.shape[2:]:
+            raise ControlError(
+                f"SegmentLikeMe: the embeddings have the shape {tuple(self.embeddings.shape)}, and the run's text "
+                f"{tuple(changed.shape)}: learn them with the same model."
+            )
         changed[:, first : first + self.parts - 1] = self.embeddings.to(changed)
         return text.change(positive=changed)
 
