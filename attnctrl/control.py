@@ -94,11 +94,12 @@ class Descent:
 
     The gradient is taken with respect to the denoiser's input, whose noise is of unit variance under every
     scheduler, so a scale means the same under DDIM and Euler; or to the embeddings of the tokens that
-    `Control.learned` names.
+    `Control.learned` names. adam: these move by scale times Adam's direction, whose moments last through the run.
     """
 
     scale: float
     iterations: int = 1
+    adam: bool = False
 
 
 @dataclass(frozen=True)

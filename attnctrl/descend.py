@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attnctrl.adam import Moments
 from attnctrl.control import Descent
 from attnctrl.errors import ControlError
 from attnctrl.kernels import TokenGroups
@@ -72,6 +73,12 @@ class _Member:
     open: torch.Tensor
     learned: torch.Tensor | None
 
+    def word_move(self, sampling: Sampling, gradient: torch.Tensor) -> torch.Tensor:
+        """What the words lose, given the gradient of scale times the loss."""
+        if not self.descent.adam:
+            return gradient
+        return self.descent.scale * sampling.moments.setdefault(self.active.index, Moments()).move(gradient)
+
 
 def descend(
     sampling: Sampling,
@@ -105,6 +112,11 @@ def descend(
             )
             for active, descent, names in losses
         ]
+        steady = next((m for m in members if m.descent.adam and m.learned is None), None)
+        if steady is not None:
+            raise ControlError(
+                f"{steady.active.control.name} asks for Adam on the latents: it moves words alone (learned)."
+            )
         moved = sample.clone().detach()
         start = latents(moved).float().clone()
         learning = [m.active.control.name for m in members if m.learned is not None]
@@ -124,23 +136,23 @@ def descend(
             reader.closed = True
             totals = list(_weighted(sampling, running, reader.maps.shared(), iteration))
             # The latents move down the sum of their losses; words down each loss that names them, by itself.
-            moves: list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]]
-            moves = [(m.learned, word_leaf, total) for m, total in totals if m.learned is not None]
+            moves: list[tuple[_Member | None, torch.Tensor | None, torch.Tensor]]
+            moves = [(m, word_leaf, total) for m, total in totals if m.learned is not None]
             by_latents = [total for m, total in totals if m.learned is None]
             if by_latents:
                 moves.append((None, leaf, torch.stack(by_latents).sum()))
             moves = [move for move in moves if move[2].requires_grad]
             gradients = [_gradient(total, at, running, n < len(moves) - 1) for n, (_, at, total) in enumerate(moves)]
-            chosen = [learned for learned, _, _ in moves]
+            chosen = [member for member, _, _ in moves]
             del totals, by_latents, moves  # and with them the graph, before the next pass builds its own
             moved = moved.detach()
-            for learned, gradient in zip(chosen, gradients, strict=True):
-                if learned is None:
+            for member, gradient in zip(chosen, gradients, strict=True):
+                if member is None or member.learned is None:
                     latents(moved).sub_(latents(gradient).to(moved.dtype))
                 elif words is not None:
                     # Text that controls put behind the prompt is nobody's to learn.
-                    named = F.pad(learned, (0, gradient.shape[1] - learned.shape[1]))
-                    words = words - gradient * named[..., None].to(gradient)
+                    named = F.pad(member.learned, (0, gradient.shape[1] - member.learned.shape[1]))
+                    words = words - member.word_move(sampling, gradient) * named[..., None].to(gradient)
         return latents(moved).float() - start, None if words is None else words - text.float()
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from attnctrl.pictures import heat_map
+from attnctrl.pictures import heat_map, sheet
 from attnctrl.sites import Grid
 
 
@@ -33,6 +34,11 @@ class Maps:
     def __len__(self) -> int:
         return len(self._steps)
 
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps in the order in which `of` stacks them."""
+        return sorted(self._steps)
+
     def __contains__(self, phrase: object) -> bool:
         return phrase in self.phrases
 
@@ -51,12 +57,25 @@ class Maps:
         stacked = torch.stack(steps)[:, image, column]
         return stacked.reshape(len(steps), *(self.grid if self.grid[0] > 1 else self.grid[1:]))
 
+    def heat(self, phrase: str, image: int = 0, size: tuple[int, int] = (256, 256)) -> torch.Tensor:
+        """What `phrase` gets of each pixel's attention, mean over layers, steps and frames; as in DAAM (2210.04885).
+
+        size: (width, height) in pixels -> (height, width) float32, enlarged bicubically and never below 0.
+        """
+        maps = self.of(phrase, image).flatten(0, -3).mean(dim=0)
+        width, height = size
+        return F.interpolate(maps[None, None], size=(height, width), mode="bicubic")[0, 0].clamp(min=0)
+
     def picture(self, phrase: str, image: int = 0, size: tuple[int, int] = (256, 256)) -> Image.Image:
-        """The mean over steps and frames as a heat map, min-max normalised, of `size` (width, height) pixels."""
-        maps = self.of(phrase, image)
-        return heat_map(maps.flatten(0, -3).mean(dim=0), size)
+        """`heat` as colours, min-max normalised, of `size` (width, height) pixels."""
+        return heat_map(self.heat(phrase, image, size), size)
 
     def overlay(self, picture: Image.Image, phrase: str, image: int = 0, strength: float = 0.6) -> Image.Image:
         """The heat map of `phrase` laid over the generated picture; strength in [0, 1]."""
         heat = self.picture(phrase, image, picture.size)
         return Image.blend(picture.convert("RGB"), heat, strength)
+
+    def overlays(self, picture: Image.Image, image: int = 0, columns: int = 4) -> Image.Image:
+        """The picture and beside it the overlay of every recorded phrase, named, on one sheet."""
+        shown = [("", picture), *((phrase, self.overlay(picture, phrase, image)) for phrase in self.phrases)]
+        return sheet(shown, min(columns, len(shown)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,3 +54,10 @@ def call_arguments(
     family = family_of(pipe)
     scale = {} if guidance is None else family.guidance(pipe, prompt, guidance)
     return {"prompt": prompt, **family.required(pipe), **scale, **given}
+
+
+def side_multiple(pipe: Any) -> int:
+    """Pictures of this pipeline have sides of whole multiples of so many pixels."""
+    # FLUX's and QwenImage's image processors count the packing of 2x2 latents, Stable Diffusion 3's its patches not.
+    packed = int(pipe.image_processor.config.get("vae_scale_factor", 8))
+    return math.lcm(packed, int(pipe.vae_scale_factor) * int(getattr(pipe, "patch_size", 1)))

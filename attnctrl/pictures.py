@@ -15,9 +15,12 @@ RAMP = ((0.0, 13, 8, 60), (0.35, 126, 3, 168), (0.65, 225, 100, 60), (1.0, 252, 
 OUTLINES = ("#e6007a", "#0077ff", "#00a36c", "#ff8c00", "#7a00e6", "#00b8d4")
 
 
-def heat_map(values: torch.Tensor, size: tuple[int, int]) -> Image.Image:
-    """A (height, width) tensor as a coloured picture of `size` (width, height); constant maps come out dark."""
-    low, high = float(values.min()), float(values.max())
+def heat_map(values: torch.Tensor, size: tuple[int, int], limits: tuple[float, float] | None = None) -> Image.Image:
+    """A (height, width) tensor as a coloured picture of `size` (width, height); constant maps come out dark.
+
+    limits: what is darkest and brightest; None for the least and the largest value.
+    """
+    low, high = (float(values.min()), float(values.max())) if limits is None else limits
     unit = (values - low) / (high - low) if high > low else torch.zeros_like(values)
     grey = Image.fromarray((unit.numpy() * 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     position = np.asarray(grey, dtype=np.float32) / 255

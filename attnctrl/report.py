@@ -76,7 +76,8 @@ class Report:
         shares = [float(visit.share) for visit in self.visits.values()]
         return sum(shares) / len(shares) if shares else 1.0
 
-    def _visits(self) -> list[str]:
+    def sparse_lines(self) -> list[str]:
+        """What sparse attention visited, a sentence per control and way of computing it."""
         kinds: dict[tuple[str, str], list[float]] = {}
         for visit in self.visits.values():
             how = f"skipped nothing: {visit.why}" if visit.why else f"by {visit.form}"
@@ -88,10 +89,10 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "\n".join(["no control acted", *self._visits()])
+            return "\n".join(["no control acted", *self.sparse_lines()])
         lines = [f"{'control':<18}{'point':<9}{'sites':>6}{'steps':>9}{'calls':>7}{'seconds':>9}"]
         for row in self.rows.values():
             span = f"{min(row.steps)}-{max(row.steps)}"
             sites = str(len(row.sites)) if row.sites else "-"
             lines.append(f"{row.control:<18}{row.point:<9}{sites:>6}{span:>9}{row.calls:>7}{row.seconds:>9.3f}")
-        return "\n".join([*lines, *self._visits()])
+        return "\n".join([*lines, *self.sparse_lines()])

@@ -71,6 +71,15 @@ class Run:
         """What acted where in the last pipeline call, and what it cost."""
         return self.sampling.report if self.sampling else Report()
 
+    def state(self, control: Control) -> Any:
+        """What `control` kept in the last pipeline call. Raises ControlError where it took no part in one."""
+        for one in self.sampling.active if self.sampling else ():
+            if one.control is control:
+                return one.state
+        raise ControlError(
+            f"{control.name} took no part in this run: pass it to control() and call the pipeline first."
+        )
+
     # attach and restore -------------------------------------------------------------------------------------
     def attach(self) -> None:
         if not self.idle:

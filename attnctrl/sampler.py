@@ -39,7 +39,6 @@ class Sampler:
         self.steps_done = 0
         self.calls = 0
         self.change = Change()
-        self.words: torch.Tensor | None = None  # what losses have added to the text, (pictures, tokens, channels)
         self.predicted: dict[str, torch.Tensor] = {}
         self.asked: dict[str, tuple[tuple, dict[str, Any]]] = {}
         self.recorder: Recorder | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attnctrl.adam import Moments
 from attnctrl.control import Control, Where
 from attnctrl.errors import ControlError
 from attnctrl.maps import Maps
@@ -54,7 +55,8 @@ class Sampling:
     argument. The latent facts are known from the first step on: latent_grid is (frames, height, width), batch counts
     pictures = prompts * images_per_prompt. begun orders the samplings of a process. maps_of: in the noise point, the
     maps that the first step would have from a noise of unit variance (batch, channels, height, width) at the sites of
-    a `Where`; differentiable.
+    a `Where`; differentiable. words: what losses have added to the conditional text, (batch, tokens, channels).
+    moments: Adam's, by the number of the control.
     """
 
     prompts: list[str] | None
@@ -79,6 +81,8 @@ class Sampling:
     report: Report = field(default_factory=Report)
     steps_seen: list[Step] = field(default_factory=list)
     maps_of: Callable[[torch.Tensor, Where], StepMaps] | None = None
+    words: torch.Tensor | None = None
+    moments: dict[int, Moments] = field(default_factory=dict)
     begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property

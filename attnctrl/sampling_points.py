@@ -126,19 +126,21 @@ def descend_losses(sampler: Sampler, args: tuple, kwargs: dict[str, Any], sample
         change, words = descend(sampler.sampling, losses, cond, text, latents, forward, stop)
     sampler.change.add(change)
     if words is not None:
-        sampler.words = words if sampler.words is None else sampler.words + words
+        known = sampler.sampling.words
+        sampler.sampling.words = words if known is None else known + words
 
 
 def with_words(sampler: Sampler, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments with the embeddings that losses have learned so far, in the conditional rows alone."""
-    if sampler.words is None:
+    learned = sampler.sampling.words
+    if learned is None:
         return args, kwargs
     branches = sampler.family.branches(sampler.rows, sampler.sampling.batch, sampler.calls - 1)
     rows = next((b.rows for b in branches if b.name == "cond"), None)
     if rows is None:
         return args, kwargs
     text = sampler.family.signature.get(args, kwargs, sampler.family.names.text).clone()
-    text[rows] += sampler.words.to(text.dtype)
+    text[rows] += learned.to(text.dtype)
     return sampler.family.with_text(args, kwargs, text)
 
 

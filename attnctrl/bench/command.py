@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnctrl.bench import dose, edit, fidelity, kernels, layout, overhead, sparse
+from attnctrl.bench import dose, edit, fidelity, guidance, kernels, layout, overhead, readout, sparse
 from attnctrl.bench.compare import compare
 from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
@@ -21,7 +21,7 @@ from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
-BENCHES = (*COMPARISONS, "edit", "sparse", "overhead", "kernels")
+BENCHES = (*COMPARISONS, "edit", "guidance", "readout", "sparse", "overhead", "kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,7 @@ def main(args: argparse.Namespace) -> int:
     args.model = args.model or ("shapes-video" if args.bench == "sparse" else "shapes-sd")
     try:
         others = {"kernels": _kernels, "overhead": _overhead, "edit": _edit, "sparse": _sparse}
+        others |= {"guidance": _guidance, "readout": _readout}
         run = others.get(args.bench)
         results = _comparison(args, COMPARISONS[args.bench]) if run is None else run(args)
     except ControlError as error:
@@ -98,6 +99,27 @@ def _edit(args: argparse.Namespace) -> Results:
         results.resume()
     edit.measure(pipe, ways, images, settings, results)
     print(results_table(results, edit.TABLE))
+    return results
+
+
+def _guidance(args: argparse.Namespace) -> Results:
+    return _measured(args, guidance, parse_methods(args.methods or guidance.default_methods()))
+
+
+def _readout(args: argparse.Namespace) -> Results:
+    return _measured(args, readout, parse_methods(args.methods or readout.METHODS))
+
+
+def _measured(args: argparse.Namespace, bench: ModuleType, specs: list[Spec]) -> Results:
+    """A bench whose `measure` adds the rows of several numbers of objects."""
+    images = args.images or (bench.QUICK_IMAGES if args.quick else bench.IMAGES)
+    settings = _settings(args, steps=25, batch=min(args.batch, images))
+    pipe = _load(args)
+    results = _results(args, settings, images=images, weights=fingerprint(pipe))
+    if args.resume:
+        results.resume()
+    bench.measure(pipe, specs, args.objects or bench.OBJECTS, images, settings, results)
+    print(results_table(results, bench.TABLE))
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,25 @@ from attnctrl.errors import ControlError
 from attnctrl.models import SHIPPED, call_arguments
 from attnctrl.pictures import sheet, with_regions
 from attnctrl.pipelines import LayoutPipeline
+from attnctrl.pipelines.layout import LayoutResult
 from attnctrl.pipelines.methods import make_controls
 from attnctrl.regions import Region
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_drawing(parser, regions=True)
+    parser.add_argument("--out", type=Path, required=True, help="the picture; FILE-compare.png goes beside it")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+
+
+def add_drawing(parser: argparse.ArgumentParser, regions: bool) -> None:
+    """The arguments that say what to draw and how; regions: whether there must be any."""
     parser.add_argument("--prompt", required=True)
     parser.add_argument(
         "--region",
         action="append",
-        required=True,
+        required=regions,
+        default=None if regions else [],
         metavar="PHRASE@X0,Y0,X1,Y1",
         help="fractions of the picture, origin top left; repeat for more; a phrase alone takes the next --mask",
     )
@@ -47,8 +57,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--device")
-    parser.add_argument("--out", type=Path, required=True, help="the picture; FILE-compare.png goes beside it")
-    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A pipeline with what it is to be called with. Every `draw` starts from the same seed."""
+
+    layout: LayoutPipeline
+    regions: list[Region]
+    controls: list[Control]
+    arguments: dict[str, Any]
+    seed: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Drawing:
+        """What the arguments of `add_drawing` ask for. Raises ControlError for bad input."""
+        regions = parse_regions(args.region, args.mask)
+        # Before the model is loaded, which may take long.
+        chosen = args.method.split("+")
+        controls = make_controls(chosen, "layout", {"regions": regions}, parse_settings(args.set, "--set"))
+        call = parse_settings(args.call, "--call")
+        layout = LayoutPipeline.from_pretrained(args.model, device=args.device)
+        guidance = 3.5 if args.guidance is None and args.model.startswith(SHIPPED) else args.guidance
+        options: dict[str, Any] = {"num_inference_steps": args.steps}
+        options |= {k: v for k, v in (("height", args.height), ("width", args.width)) if v}
+        arguments = call_arguments(layout.pipe, args.prompt, guidance, options | call)
+        return cls(layout, regions, controls, arguments, args.seed)
+
+    def draw(self, controls: Sequence[Control], record: bool | Sequence[str] = True) -> LayoutResult:
+        # Noise drawn on the CPU is the same on every device.
+        arguments = {"generator": torch.Generator().manual_seed(self.seed), **self.arguments}
+        return self.layout(regions=self.regions, method=controls, record=record, **arguments)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -58,28 +97,14 @@ def main(args: argparse.Namespace) -> int:
         for path in (args.out, compare):
             if path.exists():
                 raise FileExistsError(f"{path} exists: choose another --out or pass --force.")
-    regions = parse_regions(args.region, args.mask)
-    # Before the model is loaded, which may take long.
-    controls = make_controls(args.method.split("+"), "layout", {"regions": regions}, parse_settings(args.set, "--set"))
-    call = parse_settings(args.call, "--call")
-    layout = LayoutPipeline.from_pretrained(args.model, device=args.device)
-    guidance = 3.5 if args.guidance is None and args.model.startswith(SHIPPED) else args.guidance
-    options: dict[str, Any] = {"num_inference_steps": args.steps}
-    options |= {k: v for k, v in (("height", args.height), ("width", args.width)) if v}
-    arguments = call_arguments(layout.pipe, args.prompt, guidance, options | call)
-
-    def draw(controls: Sequence[Control]) -> Any:
-        # Noise drawn on the CPU is the same on every device.
-        seed = torch.Generator().manual_seed(args.seed)
-        return layout(regions=regions, method=controls, **{"generator": seed, **arguments})
-
-    result = draw(controls)
+    drawing = Drawing.of(args)
+    result = drawing.draw(drawing.controls)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result.images[0].save(args.out)
     print(f"wrote {args.out}")
-    stock = draw(())
+    stock = drawing.draw(())
     pictures = [("stock", stock.images[0]), (args.method, result.images[0])]
-    sheet([(name, with_regions(p, regions)) for name, p in pictures], columns=2).save(compare)
+    sheet([(name, with_regions(p, drawing.regions)) for name, p in pictures], columns=2).save(compare)
     print(f"wrote {compare}\n{result.run.report}")
     return 0
 

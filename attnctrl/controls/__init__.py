@@ -40,6 +40,10 @@ from attnctrl.controls.layout.refocus import Refocus
 from attnctrl.controls.layout.region_mask import RegionMask
 from attnctrl.controls.layout.region_prompts import RegionPrompts
 from attnctrl.controls.layout.regional_flux import RegionalFlux
+from attnctrl.controls.readout.correspond import Correspond
+from attnctrl.controls.readout.hold_picture import HoldPicture
+from attnctrl.controls.readout.segment import Segment
+from attnctrl.controls.readout.segment_like_me import SegmentLikeMe
 from attnctrl.controls.sparse.agent_attention import AgentAttention
 from attnctrl.controls.sparse.draft import Draft
 from attnctrl.controls.sparse.neighborhood_tiles import NeighborhoodTiles
@@ -119,6 +123,9 @@ REGISTRY = {
         Method("soft-pag", SoftPAG, "guidance"),
         Method("self-attention-guidance", SelfAttentionGuidance, "guidance"),
         Method("semantic-cfg", SemanticCFG, "guidance"),
+        Method("segment", Segment, "readout"),
+        Method("segment-like-me", SegmentLikeMe, "readout"),
+        Method("correspond", Correspond, "readout"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -150,6 +157,7 @@ __all__ = [
     "AttendExcite",
     "BundledAttention",
     "Conform",
+    "Correspond",
     "DenseDiffusion",
     "DivideBind",
     "Draft",
@@ -157,6 +165,7 @@ __all__ = [
     "EliGen",
     "FocusOnInstruction",
     "FollowSource",
+    "HoldPicture",
     "InitNO",
     "InpaintFusion",
     "LayoutGuidance",
@@ -178,6 +187,8 @@ __all__ = [
     "RegionMask",
     "RegionPrompts",
     "RegionalFlux",
+    "Segment",
+    "SegmentLikeMe",
     "SemanticProtection",
     "SoftPAG",
     "SelfAttentionGuidance",

@@ -5,6 +5,7 @@ from attnctrl.pipelines.instruct import InstructPipeline, InstructResult
 from attnctrl.pipelines.layout import LayoutPipeline, LayoutResult
 from attnctrl.pipelines.paro import calibrate_paro
 from attnctrl.pipelines.plan_sparse import plan_sparse
+from attnctrl.pipelines.readout import ReadoutPipeline
 
 __all__ = [
     "EditPipeline",
@@ -13,6 +14,7 @@ __all__ = [
     "InstructResult",
     "LayoutPipeline",
     "LayoutResult",
+    "ReadoutPipeline",
     "calibrate_paro",
     "plan_sparse",
 ]

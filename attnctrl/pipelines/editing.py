@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -19,7 +18,7 @@ from attnctrl.controls.editing.source_blend import SourceBlend
 from attnctrl.edits import Edit, edited
 from attnctrl.install import share
 from attnctrl.inversion import Job, inversion
-from attnctrl.models import call_arguments, load_pipeline
+from attnctrl.models import call_arguments, load_pipeline, side_multiple
 from attnctrl.pipelines.methods import make_controls
 from attnctrl.regions import Region
 from attnctrl.run import Run, control
@@ -93,7 +92,7 @@ class EditPipeline:
         Raises ControlError for unknown names, words that are not in the source prompt, and bad pictures and masks.
         """
         target = target_prompt if target_prompt is not None else edited(source_prompt, edits)
-        canvas = Canvas.of(image, _multiple(self.pipe))
+        canvas = Canvas.of(image, side_multiple(self.pipe))
         masks = [None if one.mask is None else canvas.mask(one.mask) for one in edits]
         placed = [
             replace(one, mask=None if m is None else canvas.padded_mask(m)) for one, m in zip(edits, masks, strict=True)
@@ -137,10 +136,3 @@ class EditPipeline:
 def _inverted(name: str, job: Job) -> Any:
     with torch.no_grad():
         return inversion(name)(job)
-
-
-def _multiple(pipe: Any) -> int:
-    """Pictures of this pipeline have sides of whole multiples of so many pixels."""
-    # FLUX's and QwenImage's image processors count the packing of 2x2 latents, Stable Diffusion 3's its patches not.
-    packed = int(pipe.image_processor.config.get("vae_scale_factor", 8))
-    return math.lcm(packed, int(pipe.vae_scale_factor) * int(getattr(pipe, "patch_size", 1)))

@@ -30,6 +30,10 @@ class LayoutResult:
         """The pictures (or latents, as `output_type` asks)."""
         return self.output.images
 
+    def overlay(self, phrase: str, image: int = 0) -> Image.Image:
+        """Picture number `image` under the recorded attention of `phrase`. Raises KeyError if that was not recorded."""
+        return self.run.maps.overlay(self.images[image], phrase, image)
+
 
 class LayoutPipeline:
     """Puts objects where regions say, on any supported base pipeline, by one or several registered methods.

@@ -13,29 +13,8 @@ from diffusers import StableDiffusionPipeline
 
 from attnctrl.bench import add_arguments, layout, main
 from attnctrl.bench.results import fingerprint
-from attnctrl.shapes import models, pretrained
-from attnctrl.shapes.tokenizer import load_tokenizer
+from attnctrl.shapes import pretrained
 from tests import dit
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    tokens = load_tokenizer()
-    width = (8, 8, 8, 8)
-    pipe = StableDiffusionPipeline(
-        vae=models.autoencoder(encoder_block_out_channels=width, decoder_block_out_channels=width).eval(),
-        text_encoder=models.text_encoder(len(tokens), tokens.bos_token_id, tokens.eos_token_id).eval(),
-        tokenizer=tokens,
-        unet=models.denoiser(block_out_channels=(8, 16), attention_head_dim=(2, 2), norm_num_groups=4).eval(),
-        scheduler=models.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -123,3 +123,12 @@ def test_bad_requests_end_with_a_sentence(method: Any, overrides: dict[str, Any]
     with pytest.raises(ac.ControlError, match=sentence):
         draw(LayoutPipeline(pipe), REGIONS, method, **overrides)
     assert_restored(before, pipe)
+
+
+def test_an_overlay_of_each_picture_in_one_call() -> None:
+    layout = LayoutPipeline(tiny.sd())
+    result = draw(layout, REGIONS, "region-mask", output_type="pil", num_images_per_prompt=2)
+    assert result.overlay("cat", 1).size == result.images[1].size
+    assert result.overlay("cat", 1).tobytes() != result.overlay("dog", 1).tobytes()
+    with pytest.raises(KeyError, match=r'no maps of "bird"'):
+        result.overlay("bird")

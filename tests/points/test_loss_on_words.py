@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attnctrl as ac
-from attnctrl.control import Loss
+from attnctrl.control import Descent, Loss
 from tests import tiny
 from tests.probes import Token
 from tests.spies import COND, UNCOND, watched
@@ -118,6 +118,35 @@ def test_two_losses_on_words_move_those_that_each_names() -> None:
         texts.append(spy.texts[0][COND][0])
     torch.testing.assert_close(texts[2][2], texts[0][2])
     torch.testing.assert_close(texts[2][5], texts[1][5])
+
+
+@dataclass(frozen=True)
+class Steady(Word):
+    """`Word`, by Adam."""
+
+    def descent(self, step: Any) -> Descent:
+        return Descent(self.scale, self.iterations, adam=True)
+
+
+@dataclass(frozen=True)
+class OnLatents(Steady):
+    def learned(self, state: Any) -> None:
+        return None
+
+
+def test_adam_moves_by_its_rate_and_remembers() -> None:
+    pipe = tiny.sd()
+    with ac.control(pipe), watched(pipe) as stock:
+        tiny.draw(pipe, steps=2)
+    with ac.control(pipe, Steady(scale=0.25, sign=1000.0, where=MID)) as run, watched(pipe) as seen:
+        tiny.draw(pipe, steps=2)
+    moves = [(a - b)[COND][0, 2] for a, b in zip(seen.texts, stock.texts, strict=True)]
+    torch.testing.assert_close(moves[0].abs(), torch.full((16,), 0.25), atol=1e-2, rtol=0)
+    assert run.sampling is not None
+    torch.testing.assert_close(run.sampling.words[0, 2], moves[1])  # type: ignore[index]
+    assert run.sampling.moments[0].count == 2
+    with pytest.raises(ac.ControlError, match="asks for Adam on the latents"), ac.control(pipe, OnLatents(scale=1.0)):
+        tiny.draw(pipe, steps=1)
 
 
 @pytest.mark.parametrize("mode", ["checkpointing", "inference"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 import attnctrl as ac
+from attnctrl.maps import Maps
 from attnctrl.sites import Call
 from tests import tiny
 from tests.probes import REGIONS, Mask
@@ -62,3 +64,32 @@ def test_a_phrase_to_record_must_be_in_the_prompt() -> None:
         ac.control(pipe, record=["bird"]),
     ):
         tiny.draw(pipe, steps=1)
+
+
+def test_heat_is_the_mean_over_layers_and_steps_at_picture_size() -> None:
+    maps = Maps(("cat", "dog"), torch.ones(1, 2, 4, dtype=torch.bool))
+    grid = (1, 2, 2)
+    for step, site, value in ((0, "a", 0.1), (0, "b", 0.3), (1, "a", 0.4), (1, "b", 0.4)):
+        cat = torch.full((1, 1, 4), value)
+        maps.add(step, site, torch.cat([cat, torch.tensor([[[0.0, 0.0, 0.0, 8 * value]]])], dim=1), grid)
+    heat = maps.heat("cat", size=(6, 4))
+    assert heat.shape == (4, 6)  # (height, width) of (width, height)
+    torch.testing.assert_close(heat, torch.full((4, 6), 0.3))
+    corner = maps.heat("dog", size=(2, 2))
+    torch.testing.assert_close(corner, torch.tensor([[0.0, 0.0], [0.0, 2.4]]))
+    # Bicubic weights reach below 0 beside a peak; a share of attention does not.
+    assert maps.heat("dog", size=(16, 16)).min() == 0
+    assert maps.heat("dog", size=(16, 16))[12:, 12:].min() > 1
+
+
+def test_overlays_are_of_the_pictures_size() -> None:
+    maps = Maps(("cat", "dog"), torch.ones(1, 2, 4, dtype=torch.bool))
+    maps.add(0, "a", torch.tensor([[[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]]), (1, 2, 2))
+    picture = Image.new("RGB", (40, 24), (100, 100, 100))
+    assert maps.overlay(picture, "cat").size == picture.size
+    assert maps.overlay(picture, "cat", strength=0).tobytes() == picture.tobytes()
+    bright, dark = maps.overlay(picture, "cat").convert("L"), maps.overlay(picture, "dog").convert("L")
+    assert bright.getpixel((38, 22)) > dark.getpixel((38, 22)) + 50
+    every = maps.overlays(picture, columns=2)
+    assert every.width == 2 * 40 + 3 * 10
+    assert every.height > 2 * 24

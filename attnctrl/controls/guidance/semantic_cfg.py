@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from attnctrl.control import Control, Where, param
 from attnctrl.controls.guidance.common import selected
+from attnctrl.controls.reading import before, own_map, text_shares
 from attnctrl.errors import ControlError
 from attnctrl.guidance import Prediction
-from attnctrl.kernels import probabilities
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid, Site, Step
 from attnctrl.stepmaps import SelfMap, blur
@@ -79,9 +79,9 @@ class State:
         there = [(c, s) for c, s in self.pairs if (branch, c.name) in self.cross]
         grid = max((self.cross[branch, c.name][1] for c, _ in there), key=lambda g: g[1] * g[2])
         total: torch.Tensor | float = 0.0
-        for site, before in there:
+        for site, earlier in there:
             probs, own_grid = self.cross[branch, site.name]
-            own = None if before is None else self.own.get((branch, before.name))
+            own = None if earlier is None else self.own.get((branch, earlier.name))
             maps = propagated(probs, own, weights).transpose(1, 2)
             frames = maps.reshape(len(maps), -1, *own_grid[1:])
             if own_grid != grid:
@@ -89,14 +89,6 @@ class State:
             total = total + relative(blur(frames.reshape(len(maps), maps.shape[1], -1), grid))
         assert isinstance(total, torch.Tensor)
         return total / len(there), grid
-
-
-def before(site: Site, others: Sequence[Site]) -> Site | None:
-    """The self-attention that `site` follows on its grid; a joint layer is its own."""
-    if site.kind == "joint":
-        return site
-    found = [s for s in others if (s.expert, s.depth) == (site.expert, site.depth) and s.order < site.order]
-    return max(found, key=lambda s: s.order, default=None)
 
 
 @dataclass(frozen=True)
@@ -146,20 +138,10 @@ class SemanticCFG(Control):
     def inputs(self, call: Call, state: State) -> Call:
         at, grid = (call.branch, call.site.name), call.queries.grid
         assert grid is not None
-        query, keys = call.query[:, :, call.queries.latent], call.keys
         if call.site.kind != "self":
-            mask = call.mask if call.mask is None else call.mask[..., keys.text]
-            mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., call.queries.latent, :]
-            key, heads = call.key[:, :, keys.text], query.shape[1]
-            # One head at a time: long texts make large maps.
-            total = torch.zeros(len(query), query.shape[2], key.shape[2], device=query.device)
-            for h in range(heads):
-                own = mask if mask is None or mask.shape[1] == 1 else mask[:, h : h + 1]
-                total += probabilities(query[:, h : h + 1], key[:, h : h + 1], own, call.scale)[:, 0]
-            state.cross[at] = total / heads, grid
+            state.cross[at] = text_shares(call), grid
         if call.site.kind != "cross":
-            mask = call.mask if call.site.kind == "self" else None
-            state.own[at] = SelfMap(call.site, grid, query, call.key[:, :, keys.latent], mask, call.scale)
+            state.own[at] = own_map(call)
         return call
 
     def guide(self, prediction: Prediction, step: Step, state: State) -> torch.Tensor:

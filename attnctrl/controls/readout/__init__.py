@@ -1,0 +1,1 @@
+"""Reading attention out: masks and points, from drawn and from given pictures."""
