@@ -12,6 +12,7 @@ from attnctrl.controls import (
     BundledAttention,
     Conform,
     DenseDiffusion,
+    DesignEdit,
     DivideBind,
     Draft,
     DynamicPrompt,
@@ -29,6 +30,8 @@ from attnctrl.controls import (
     OracleBlocks,
     Paro,
     Planned,
+    PlugAndPlay,
+    PrimeComposer,
     PromptToPrompt,
     Radial,
     RandomBlocks,
@@ -52,6 +55,7 @@ from attnctrl.controls import (
 from attnctrl.edits import Edit
 from attnctrl.errors import ControlError
 from attnctrl.install import share
+from attnctrl.layers import Layer
 from attnctrl.nouns import find_pairs
 from attnctrl.regions import Region
 from attnctrl.run import Run, control
@@ -68,6 +72,7 @@ __all__ = [
     "ControlError",
     "DenseDiffusion",
     "Descent",
+    "DesignEdit",
     "DivideBind",
     "Draft",
     "DynamicPrompt",
@@ -76,6 +81,7 @@ __all__ = [
     "FollowSource",
     "InitNO",
     "InpaintFusion",
+    "Layer",
     "LayoutGuidance",
     "LoCo",
     "Loss",
@@ -83,6 +89,8 @@ __all__ = [
     "MutualSelfAttention",
     "NullText",
     "OptiPrune",
+    "PlugAndPlay",
+    "PrimeComposer",
     "PromptToPrompt",
     "RAG",
     "NeighborhoodTiles",

@@ -21,6 +21,7 @@ from attnctrl.text import Text
 
 RECORD_WHERE = Where(near=1 / 16)
 _BEGUN = count()
+FeatureEdit = Callable[[torch.Tensor, Step], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Sampling:
     pictures = prompts * images_per_prompt. begun orders the samplings of a process. maps_of: in the noise point, the
     maps that the first step would have from a noise of unit variance (batch, channels, height, width) at the sites of
     a `Where`; differentiable.
+    residuals: the model's residual blocks, as sites of kind "residual". edit_features: in a control's `begin`, have
+    what one of them adds, (batch, channels, height, width), edited in the steps and guidance branches in which the
+    control acts. It is called with the features of one branch and the step.
     """
 
     prompts: list[str] | None
@@ -67,6 +71,7 @@ class Sampling:
     appended: dict[str, int] = field(default_factory=dict)
     clean: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     sites: list[Site] = field(default_factory=list)
+    residuals: list[Site] = field(default_factory=list)
     latent_grid: Grid = (1, 0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -79,6 +84,7 @@ class Sampling:
     report: Report = field(default_factory=Report)
     steps_seen: list[Step] = field(default_factory=list)
     maps_of: Callable[[torch.Tensor, Where], StepMaps] | None = None
+    edit_features: Callable[[Site, FeatureEdit], None] | None = None
     begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property

@@ -8,11 +8,14 @@ from typing import Any
 from attnctrl.control import Control, Where
 from attnctrl.controls.editing.ale_edit import AleEdit
 from attnctrl.controls.editing.controlled_flow import TowardNoise, TowardPicture
+from attnctrl.controls.editing.design_edit import DesignEdit
 from attnctrl.controls.editing.follow_source import FollowSource
 from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
 from attnctrl.controls.editing.multi_mask_inpaint import MultiMaskInpaint
 from attnctrl.controls.editing.mutual_self_attention import MutualSelfAttention
 from attnctrl.controls.editing.null_text import NullText
+from attnctrl.controls.editing.plug_and_play import PlugAndPlay
+from attnctrl.controls.editing.prime_composer import PrimeComposer
 from attnctrl.controls.editing.prompt_to_prompt import PromptToPrompt
 from attnctrl.controls.editing.source_blend import SourceBlend
 from attnctrl.controls.editing.source_guidance import SourceGuidance
@@ -112,6 +115,9 @@ REGISTRY = {
         Method("mutual-self-attention", MutualSelfAttention, "editing"),
         Method("ale-edit", AleEdit, "editing"),
         Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
+        Method("plug-and-play", PlugAndPlay, "editing"),
+        Method("design-edit", DesignEdit, "editing"),
+        Method("prime-composer", PrimeComposer, "editing"),
         Method("soft-pag", SoftPAG, "guidance"),
         Method("self-attention-guidance", SelfAttentionGuidance, "guidance"),
         Method("semantic-cfg", SemanticCFG, "guidance"),
@@ -147,6 +153,7 @@ __all__ = [
     "BundledAttention",
     "Conform",
     "DenseDiffusion",
+    "DesignEdit",
     "DivideBind",
     "Draft",
     "DynamicPrompt",
@@ -161,6 +168,8 @@ __all__ = [
     "MutualSelfAttention",
     "NullText",
     "OptiPrune",
+    "PlugAndPlay",
+    "PrimeComposer",
     "PromptToPrompt",
     "NeighborhoodTiles",
     "OracleBlocks",
