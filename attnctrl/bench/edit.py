@@ -86,7 +86,7 @@ def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image
     result = EditPipeline(pipe)(
         task.picture,
         task.layout.prompt,
-        task.target_prompt,
+        task.rest_prompt if takes_layers else task.target_prompt,
         edits=edits,
         layers=layers,
         method=controls or NONE,

@@ -56,6 +56,12 @@ class EditTask:
         return prompt_for([w for w in self.wanted if w is not None], self.background)[0]
 
     @property
+    def rest_prompt(self) -> str:
+        """The prompt of the scene without the objects that are moved or removed: what their holes are filled with."""
+        pairs = enumerate(self.wanted)
+        return prompt_for([w for i, w in pairs if w is not None and i not in self.moved], self.background)[0]
+
+    @property
     def changed(self) -> list[int]:
         """The objects that do not stay as they are."""
         pairs = enumerate(zip(self.layout.asked, self.wanted, strict=True))

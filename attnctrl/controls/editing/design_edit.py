@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from attnctrl.control import Control, Where, param
-from attnctrl.controls.editing.sources import Sources, on_trajectory
+from attnctrl.controls.editing.sources import Sources, on_trajectory, seeded
 from attnctrl.errors import ControlError
 from attnctrl.kernels import combine_masks
 from attnctrl.layers import Layer, shifted
@@ -82,6 +82,8 @@ class DesignEdit(Control):
     trajectories: Any = field(default=None, kw_only=True, compare=False)
     refine: Any = field(default=None, kw_only=True, compare=False)
     masking: str = param("zero-key", "how the keys of the objects are masked", choices=("zero-key", "-inf"))
+    holes: str = param("noise", "what the holes start from", choices=("noise", "inverted"))
+    seed: int = param(0, "of that noise", 0)
     mask_until: float = param(0.8, "part of the run with masked keys", 0, 1)
     fuse_at: float = param(0.82, "part of the run before the layers are pasted", 0, 1)
     pull: float = param(0.1, "how far each later step leads back to the source outside the layers", 0, 1)
@@ -149,6 +151,12 @@ class DesignEdit(Control):
             return call.change(key=torch.where(edits, call.key * (1 - share[:, None]), call.key))
         seen = ~edits | (share < 0.5)
         return call.change(mask=combine_masks([m for m in (call.mask, seen) if m is not None]))
+
+    def noise(self, noise: torch.Tensor, sampling: Sampling, state: State) -> torch.Tensor:
+        if self.holes == "inverted":
+            return noise
+        fresh = seeded(noise, self.seed, state.sources)
+        return torch.where(state.sources.edits(noise) & _as(state.hole, noise), fresh, noise)
 
     def latents(self, latents: torch.Tensor, step: Step, state: State) -> torch.Tensor:
         source, edits = state.sources.of_source(latents), state.sources.edits(latents)
