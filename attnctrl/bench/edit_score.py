@@ -25,7 +25,7 @@ def standing(found: Detection, shape: str, colour: str, box: tuple[float, float,
 def edited_share(task: EditTask, found: Detection) -> float:
     """Share of the edits that came out: the new object in the old one's box, nothing there, or the background.
 
-    An object that is moved stands in its new box, its centre NEAR the box's, and no longer in its old one.
+    An object that is moved stands in its new box, its centre NEAR the box's, and nothing in its old one.
     """
     if task.kind == "background":
         return float(found.background == task.background)
@@ -36,7 +36,7 @@ def edited_share(task: EditTask, found: Detection) -> float:
             done.append(not any(contains(box, o.centre) for o in found.objects))
         elif i in task.moved:
             there = _apart(standing(found, *wanted, task.moved[i]), task.moved[i])
-            done.append(there <= NEAR and standing(found, *wanted, box) is None)
+            done.append(there <= NEAR and not any(contains(box, o.centre) for o in found.objects))
         else:
             done.append(standing(found, *wanted, box) is not None)
     return sum(done) / len(done)

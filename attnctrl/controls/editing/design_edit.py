@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from attnctrl.control import Control, Where, param
-from attnctrl.controls.editing.sources import Sources, on_trajectory, seeded
+from attnctrl.controls.editing.sources import Sources, on_trajectory
 from attnctrl.errors import ControlError
 from attnctrl.kernels import combine_masks
 from attnctrl.layers import Layer, shifted
@@ -65,7 +65,9 @@ class DesignEdit(Control):
     pasted in order, the next over the one before: the source's latents, moved by whole latents. A layer that is resized
     or flipped comes from the trajectory of the picture resized and flipped about it, of which `trajectories` has one
     for each such layer, (steps + 1, 1, channels, height, width) from noise to picture; EditPipeline makes them.
-    (4) In the steps that are left the latents outside the holes and the layers are pulled to the source's by `pull`.
+    (4) In the steps that are left the latents outside the holes and the layers are pulled to the source's by `pull`,
+    and the edit sees the source's text where anything was pasted. So the prompt of the edit says what fills the holes:
+    the source's without the objects, or nothing, which is the paper's for everything.
     `refine` hides more, such as shadows, in the first half of the run.
     Departures: the background and the canvas are one picture of the batch, not two, and the code does not pull the
     canvas; its threshold on the guidance is left out, because its guidance has no effect (both branches have the same
@@ -77,13 +79,11 @@ class DesignEdit(Control):
     paper: ClassVar[str] = "arXiv 2403.14487"
     fixes: ClassVar[str] = "objects to be moved, resized, flipped or removed"
 
-    where: Where = field(default=Where(kinds=("self", "joint")), kw_only=True)
+    where: Where = field(default=Where(kinds=("self", "cross", "joint")), kw_only=True)
     layers: Sequence[Layer] = ()
     trajectories: Any = field(default=None, kw_only=True, compare=False)
     refine: Any = field(default=None, kw_only=True, compare=False)
     masking: str = param("zero-key", "how the keys of the objects are masked", choices=("zero-key", "-inf"))
-    holes: str = param("noise", "what the holes start from", choices=("noise", "inverted"))
-    seed: int = param(0, "of that noise", 0)
     mask_until: float = param(0.8, "part of the run with masked keys", 0, 1)
     fuse_at: float = param(0.82, "part of the run before the layers are pasted", 0, 1)
     pull: float = param(0.1, "how far each later step leads back to the source outside the layers", 0, 1)
@@ -139,24 +139,23 @@ class DesignEdit(Control):
         return State(sources, hidden, hole.to(sampling.device), cuts)
 
     def inputs(self, call: Call, state: State) -> Call:
-        latent = call.keys.latent
+        latent, text = call.keys.latent, call.keys.text
+        edits = state.sources.edits(call.key)
+        if state.pasted and state.cuts and text.start != text.stop:
+            key, value = call.key.clone(), call.value.clone()
+            key[:, :, text] = state.sources.of_source(call.key[:, :, text])
+            value[:, :, text] = state.sources.of_source(call.value[:, :, text])
+            return call.change(key=torch.where(edits, key, call.key), value=torch.where(edits, value, call.value))
         if call.step.progress >= self.mask_until or latent.start == latent.stop:
             return call
         assert call.keys.grid is not None
         early, late = state.hidden[call.keys.grid]
         share = torch.zeros(call.key.shape[2], device=call.key.device, dtype=call.key.dtype)
         share[latent] = (early if call.step.progress < 0.5 else late).to(share)
-        edits = state.sources.edits(call.key)
         if self.masking == "zero-key":
             return call.change(key=torch.where(edits, call.key * (1 - share[:, None]), call.key))
         seen = ~edits | (share < 0.5)
         return call.change(mask=combine_masks([m for m in (call.mask, seen) if m is not None]))
-
-    def noise(self, noise: torch.Tensor, sampling: Sampling, state: State) -> torch.Tensor:
-        if self.holes == "inverted":
-            return noise
-        fresh = seeded(noise, self.seed, state.sources)
-        return torch.where(state.sources.edits(noise) & _as(state.hole, noise), fresh, noise)
 
     def latents(self, latents: torch.Tensor, step: Step, state: State) -> torch.Tensor:
         source, edits = state.sources.of_source(latents), state.sources.edits(latents)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from attnctrl.control import Control, Where, param
-from attnctrl.controls.editing.sources import Sources, on_trajectory, seeded
+from attnctrl.controls.editing.sources import Sources, on_trajectory
 from attnctrl.errors import ControlError
 from attnctrl.kernels import combine_masks
 from attnctrl.regions import Box, Region
@@ -170,7 +170,8 @@ class PrimeComposer(Control):
 
     def noise(self, noise: torch.Tensor, sampling: Sampling, state: State) -> torch.Tensor:
         back, there = (one[0].to(noise).expand(state.sources.images, *noise.shape[1:]) for one in self.trajectories)
-        fresh = seeded(noise, self.seed, state.sources)[: state.sources.images]
+        generators = [torch.Generator().manual_seed(self.seed + i) for i in range(state.sources.images)]
+        fresh = torch.stack([torch.randn(noise.shape[1:], generator=one) for one in generators]).to(noise)
         prior = torch.where(state.silhouette, there, back)
         return torch.cat([prior, torch.where(state.box & ~state.silhouette, fresh, prior)])
 

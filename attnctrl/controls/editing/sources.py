@@ -64,13 +64,6 @@ def on_trajectory(trajectory: Any, step: Step, latents: torch.Tensor, sources: S
     return known.expand(sources.images, *known.shape[1:])
 
 
-def seeded(like: torch.Tensor, seed: int, sources: Sources) -> torch.Tensor:
-    """Unit noise like `like`, (pictures, ...): picture i of every prompt has that of `seed` + i, on every device."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(sources.images)]
-    one = torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators])
-    return one.repeat(sources.prompts, *[1] * (like.ndim - 1)).to(like)
-
-
 @runtime_checkable
 class Retracing(Protocol):
     """A control that needs the trajectories of pictures, from noise to picture: EditPipeline makes them.
