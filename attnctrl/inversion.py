@@ -1,7 +1,8 @@
 """Where the run of an edit starts, so that it leads back to a given picture: inversions behind one interface.
 
 An inversion is a function from a `Job` to a `Start`. The run that follows draws the source and its edits together,
-prompt=[source, edit, ...], with the start's latents, controls and arguments; see `attnctrl.pipelines.EditPipeline`.
+prompt=[source, edit, ...], with the start's latents, controls (those of `follow` first) and arguments; see
+`attnctrl.pipelines.EditPipeline`.
 """
 
 from __future__ import annotations
