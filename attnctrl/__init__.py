@@ -13,6 +13,7 @@ from attnctrl.controls import (
     Conform,
     Correspond,
     DenseDiffusion,
+    DesignEdit,
     DivideBind,
     Draft,
     DynamicPrompt,
@@ -33,6 +34,8 @@ from attnctrl.controls import (
     OracleBlocks,
     Paro,
     Planned,
+    PlugAndPlay,
+    PrimeComposer,
     PromptToPrompt,
     Radial,
     RandomBlocks,
@@ -58,6 +61,7 @@ from attnctrl.controls import (
 from attnctrl.edits import Edit
 from attnctrl.errors import ControlError
 from attnctrl.install import share
+from attnctrl.layers import Layer
 from attnctrl.nouns import find_pairs
 from attnctrl.regions import Region
 from attnctrl.run import Run, control
@@ -75,6 +79,7 @@ __all__ = [
     "Correspond",
     "DenseDiffusion",
     "Descent",
+    "DesignEdit",
     "DivideBind",
     "Draft",
     "DynamicPrompt",
@@ -85,6 +90,7 @@ __all__ = [
     "InitNO",
     "FocusOnInstruction",
     "InpaintFusion",
+    "Layer",
     "LayoutGuidance",
     "LoCo",
     "Loss",
@@ -93,6 +99,8 @@ __all__ = [
     "MutualSelfAttention",
     "NullText",
     "OptiPrune",
+    "PlugAndPlay",
+    "PrimeComposer",
     "PromptToPrompt",
     "RAG",
     "NeighborhoodTiles",

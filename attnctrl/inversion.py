@@ -1,7 +1,8 @@
 """Where the run of an edit starts, so that it leads back to a given picture: inversions behind one interface.
 
 An inversion is a function from a `Job` to a `Start`. The run that follows draws the source and its edits together,
-prompt=[source, edit, ...], with the start's latents, controls and arguments; see `attnctrl.pipelines.EditPipeline`.
+prompt=[source, edit, ...], with the start's latents, controls (those of `follow` first) and arguments; see
+`attnctrl.pipelines.EditPipeline`.
 """
 
 from __future__ import annotations
@@ -60,11 +61,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Start:
-    """latents: of every picture of the run, None for noise. controls: what keeps the source itself. call: arguments."""
+    """latents: of every picture of the run, None for noise. controls: what keeps the source itself, after the method's.
+    call: arguments. follow: likewise, but before the method's controls, which then find the source where it belongs.
+    trajectory: of the source, (steps + 1, 1, channels, rows, columns), where DDIM was run backwards.
+    """
 
     latents: torch.Tensor | None
     controls: tuple[Control, ...] = ()
     call: dict[str, Any] = field(default_factory=dict)
+    follow: tuple[Control, ...] = ()
+    trajectory: torch.Tensor | None = None
 
 
 def ddim_trajectory(job: Job) -> torch.Tensor:
@@ -92,28 +98,30 @@ def ddim_trajectory(job: Job) -> torch.Tensor:
 def ddim(job: Job) -> Start:
     """Draw on from where DDIM, run backwards, ends; guidance above 1 lets the source drift."""
     _use_ddim(job, "ddim")
-    return Start(job.of_every_picture(ddim_trajectory(job)[0]))
+    trajectory = ddim_trajectory(job)
+    return Start(job.of_every_picture(trajectory[0]), trajectory=trajectory)
 
 
 def direct(job: Job) -> Start:
     """DDIM run backwards, and the source held to its trajectory: direct inversion (arXiv 2310.01506)."""
     _use_ddim(job, "direct")
     trajectory = ddim_trajectory(job)
-    return Start(job.of_every_picture(trajectory[0]), (FollowSource(trajectory),))
+    return Start(job.of_every_picture(trajectory[0]), follow=(FollowSource(trajectory),), trajectory=trajectory)
 
 
 def negative_prompt(job: Job) -> Start:
     """DDIM run backwards, and the source's prompt as the negative one: negative-prompt inversion (2305.16807)."""
     _use_ddim(job, "negative-prompt")
     negative = [job.prompts[0]] * len(job.prompts)
-    return Start(job.of_every_picture(ddim_trajectory(job)[0]), call={"negative_prompt": negative})
+    trajectory = ddim_trajectory(job)
+    return Start(job.of_every_picture(trajectory[0]), call={"negative_prompt": negative}, trajectory=trajectory)
 
 
 def null_text(job: Job) -> Start:
     """DDIM run backwards, and an unconditional embedding tuned for every step: null-text inversion (2211.09794)."""
     _use_ddim(job, "null-text")
     trajectory = ddim_trajectory(job)
-    return Start(job.of_every_picture(trajectory[0]), (NullText(trajectory, _levels(job)),))
+    return Start(job.of_every_picture(trajectory[0]), (NullText(trajectory, _levels(job)),), trajectory=trajectory)
 
 
 def edit_friendly(job: Job) -> Start:
@@ -130,7 +138,7 @@ def edit_friendly(job: Job) -> Start:
     trajectory = torch.cat([noised, clean.expand(1, job.images, *clean.shape[1:])])
     start = noised[0].repeat(len(job.prompts), 1, 1, 1)
     follow = FollowSource(trajectory, shared=True, start=0.36)
-    return Start(start, (SourceGuidance(scale=3.5), follow), {"eta": 1.0})
+    return Start(start, (SourceGuidance(scale=3.5),), {"eta": 1.0}, follow=(follow,))
 
 
 class ReversedFlow(FlowMatchEulerDiscreteScheduler):

@@ -45,6 +45,7 @@ class Run:
         self.samplings: list[Sampling] = []
         self.installation: Installation | None = None
         self.sampler: Sampler | None = None
+        self.hooks: list[Any] = []
         self._shadowed: list[tuple[Any, str, bool, Any]] = []
         self._called = False
         # With nothing to do and nothing to record the model is left alone.
@@ -98,8 +99,15 @@ class Run:
             else:
                 owner.__dict__.pop(name, None)
         self._shadowed.clear()
+        self.unhook()
         if self.installation is not None:
             release(self.installation)
+
+    def unhook(self) -> None:
+        """Remove what the controls of the last pipeline call hooked into the denoiser."""
+        for handle in self.hooks:
+            handle.remove()
+        self.hooks.clear()
 
     def _shadow(self, owner: Any, name: str, replacement: Callable) -> None:
         """Put a method of this run before the class's own on one object; the class is not touched."""

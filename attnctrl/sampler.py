@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,10 @@ from attnctrl.compiled import site_masks
 from attnctrl.control import ATTENTION_POINTS
 from attnctrl.descend import Reader
 from attnctrl.errors import ControlError
+from attnctrl.features import hook
 from attnctrl.processors.work import Branch, Work
 from attnctrl.recording import Recorder
-from attnctrl.sampling import Active, Sampling
+from attnctrl.sampling import Active, FeatureEdit, Sampling
 from attnctrl.sampling_points import descend_losses, edit_noise, guided, with_words
 from attnctrl.schedule import Schedule
 from attnctrl.sites import MASKS, Grid, Site, Step
@@ -188,17 +190,25 @@ class Sampler:
         assert installation is not None
         sampling.latent_grid = grid
         sampling.device, sampling.dtype = sample.device, sample.dtype
+        sampling.residuals = [site for site, _ in self.family.residuals()]
+        self.run.unhook()
         for index, control in enumerate(self.run.controls):
             if control.idle:
                 continue
+            wanted: list[tuple[Site, FeatureEdit]] = []
+            sampling.edit_features = partial(_want, wanted)
             # States outlive this step and reach losses, which cannot use tensors made in a caller's inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 state = control.begin(sampling)
             active = Active(index, control, state, frozenset(control.points()))
             sampling.active.append(active)
+            for site, edit in wanted:
+                sampling.by_site.setdefault(site.name, []).append(active)
+                self.run.hooks.append(hook(self, active, site, edit))
             if active.points & set(ATTENTION_POINTS):
                 for site in control.sites(sampling):
                     sampling.by_site.setdefault(site.name, []).append(active)
+        sampling.edit_features = None
         if not self.family.compiled:
             self.recorder = Recorder.make(sampling, self.run.controls, self.run.record, installation.foreign)
         elif self.run.record and self.run.record is not True:
@@ -226,3 +236,7 @@ class Sampler:
             yield
         finally:
             self.inner, self.silent, self.asking = False, False, None
+
+
+def _want(wanted: list[tuple[Site, FeatureEdit]], site: Site, edit: FeatureEdit) -> None:
+    wanted.append((site, edit))

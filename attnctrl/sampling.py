@@ -22,6 +22,7 @@ from attnctrl.text import Text
 
 RECORD_WHERE = Where(near=1 / 16)
 _BEGUN = count()
+FeatureEdit = Callable[[torch.Tensor, Step], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Sampling:
     maps that the first step would have from a noise of unit variance (batch, channels, height, width) at the sites of
     a `Where`; differentiable. words: what losses have added to the conditional text, (batch, tokens, channels).
     moments: Adam's, by the number of the control.
+    residuals: the model's residual blocks, as sites of kind "residual". edit_features: in a control's `begin`, have
+    what one of them adds, (batch, channels, height, width), edited in the steps and guidance branches in which the
+    control acts. It is called with the features of one branch and the step.
     """
 
     prompts: list[str] | None
@@ -69,6 +73,7 @@ class Sampling:
     appended: dict[str, int] = field(default_factory=dict)
     clean: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     sites: list[Site] = field(default_factory=list)
+    residuals: list[Site] = field(default_factory=list)
     latent_grid: Grid = (1, 0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -83,6 +88,7 @@ class Sampling:
     maps_of: Callable[[torch.Tensor, Where], StepMaps] | None = None
     words: torch.Tensor | None = None
     moments: dict[int, Moments] = field(default_factory=dict)
+    edit_features: Callable[[Site, FeatureEdit], None] | None = None
     begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property

@@ -39,7 +39,7 @@ METHODS = (
     "regenerate,img2img,inpaint:mask,none@direct,none@edit-friendly,none@virtual,prompt-to-prompt@ddim,"
     "prompt-to-prompt@negative-prompt,prompt-to-prompt@direct,prompt-to-prompt@edit-friendly,prompt-to-prompt@virtual,"
     "mutual-self-attention@direct,mutual-self-attention@edit-friendly,prompt-to-prompt@virtual:mask,"
-    "prompt-to-prompt@edit-friendly:mask,ale-edit@virtual:mask"
+    "prompt-to-prompt@edit-friendly:mask,ale-edit@virtual:mask,plug-and-play@direct,design-edit@direct:mask"
 )
 INSTRUCT_METHODS = (
     "none,focus-on-instruction,focus-on-instruction{modulate=false},focus-on-instruction{disentangle=false},"
@@ -105,17 +105,24 @@ def parse_instruct_ways(text: str) -> list[Way]:
 
 def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image:
     """One edited picture. Raises ControlError where the method cannot make this edit."""
+    takes_layers = way.spec is not None and any("layers" in part.method.settings for part in way.spec.parts)
+    layers = task.layers if takes_layers and way.masked else ()
+    if takes_layers and not layers:
+        raise ControlError(f'"{way.label}" moves and removes what has a mask, and is not for this edit.')
+    if task.moved and not takes_layers:
+        raise ControlError(f'"{way.label}" cannot move an object.')
     if way.spec is None:
         return _floor(pipe, task, way, settings)
     if way.inversion is None:
         return _instruct(pipe, task, way, settings)
     edits = task.edits if way.masked else tuple(replace(one, mask=None) for one in task.edits)
-    controls = way.spec.controls({"edits": edits})
+    controls = way.spec.controls({"edits": edits, "layers": layers})
     result = EditPipeline(pipe)(
         task.picture,
         task.layout.prompt,
-        task.target_prompt,
+        task.rest_prompt if takes_layers else task.target_prompt,
         edits=edits,
+        layers=layers,
         method=controls or NONE,
         inversion=way.inversion,
         num_inference_steps=settings.steps,

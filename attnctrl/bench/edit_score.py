@@ -23,7 +23,10 @@ def standing(found: Detection, shape: str, colour: str, box: tuple[float, float,
 
 
 def edited_share(task: EditTask, found: Detection) -> float:
-    """Share of the edits that came out: the new object in the old one's box, nothing there, or the background."""
+    """Share of the edits that came out: the new object in the old one's box, nothing there, or the background.
+
+    An object that is moved stands in its new box, its centre NEAR the box's, and nothing in its old one.
+    """
     if task.kind == "background":
         return float(found.background == task.background)
     done = []
@@ -31,6 +34,9 @@ def edited_share(task: EditTask, found: Detection) -> float:
         box, wanted = task.layout.boxes[i], task.wanted[i]
         if wanted is None:
             done.append(not any(contains(box, o.centre) for o in found.objects))
+        elif i in task.moved:
+            there = _apart(standing(found, *wanted, task.moved[i]), task.moved[i])
+            done.append(there <= NEAR and not any(contains(box, o.centre) for o in found.objects))
         else:
             done.append(standing(found, *wanted, box) is not None)
     return sum(done) / len(done)
@@ -41,13 +47,19 @@ def kept_share(task: EditTask, found: Detection) -> float:
     stays = [i for i in range(len(task.wanted)) if i not in task.changed]
     kept = []
     for i in stays:
-        shape, colour, (x0, y0, x1, y1) = task.layout.things[i]
-        one = standing(found, shape, colour, (x0, y0, x1, y1))
-        apart = None if one is None else np.hypot(one.centre[0] - (x0 + x1) / 2, one.centre[1] - (y0 + y1) / 2)
-        kept.append(apart is not None and bool(apart <= NEAR))
+        shape, colour, box = task.layout.things[i]
+        kept.append(_apart(standing(found, shape, colour, box), box) <= NEAR)
     if task.kind != "background":
         kept.append(found.background == task.layout.background)
     return sum(kept) / len(kept) if kept else 1.0
+
+
+def _apart(one: Found | None, box: tuple[float, float, float, float]) -> float:
+    """How far an object's centre is from that of its box, in sides of the picture; infinite without an object."""
+    if one is None:
+        return float("inf")
+    x0, y0, x1, y1 = box
+    return float(np.hypot(one.centre[0] - (x0 + x1) / 2, one.centre[1] - (y0 + y1) / 2))
 
 
 def toward(pixels: np.ndarray, before: np.ndarray, colour: str, where: np.ndarray) -> float:
@@ -62,7 +74,7 @@ def score_edit(task: EditTask, picture: np.ndarray) -> dict[str, float]:
 
     edited, kept: see above. background_psnr, max_error: against the given picture, MARGIN pixels away from all that may
     change. leak_out: share of these pixels that came nearer to a new colour (after TELS of ALE-Bench); leak_in: the
-    same inside every edit's mask for the colours of the other edits (after TILS), 0 for a single edit.
+    same inside every edit's mask for the colours of the other edits (after TILS), 0 for one. No leaks of moves.
     """
     found, before = detect(picture), np.asarray(task.picture, dtype=np.float64) / 255
     outside = ~grown(task.mask > 0, MARGIN)
@@ -73,7 +85,7 @@ def score_edit(task: EditTask, picture: np.ndarray) -> dict[str, float]:
         "max_error": float(np.abs(picture - before)[outside].max()),
     }
     colours = {i: w[1] for i in task.changed if (w := task.wanted[i]) is not None}
-    if colours:
+    if colours and task.edits:
         scores["leak_out"] = float(np.mean([toward(picture, before, c, outside) for c in colours.values()]))
         pairs = [(i, c) for i in colours for j, c in colours.items() if i != j]
         masks = {i: edit.mask > 0 for i, edit in zip(task.order, task.edits, strict=True)}

@@ -8,6 +8,7 @@ from typing import Any
 from attnctrl.control import Control, Where
 from attnctrl.controls.editing.ale_edit import AleEdit
 from attnctrl.controls.editing.controlled_flow import TowardNoise, TowardPicture
+from attnctrl.controls.editing.design_edit import DesignEdit
 from attnctrl.controls.editing.focus_on_instruction import FocusOnInstruction
 from attnctrl.controls.editing.follow_source import FollowSource
 from attnctrl.controls.editing.inpaint_fusion import InpaintFusion
@@ -15,6 +16,8 @@ from attnctrl.controls.editing.lime import Lime
 from attnctrl.controls.editing.multi_mask_inpaint import MultiMaskInpaint
 from attnctrl.controls.editing.mutual_self_attention import MutualSelfAttention
 from attnctrl.controls.editing.null_text import NullText
+from attnctrl.controls.editing.plug_and_play import PlugAndPlay
+from attnctrl.controls.editing.prime_composer import PrimeComposer
 from attnctrl.controls.editing.prompt_to_prompt import PromptToPrompt
 from attnctrl.controls.editing.source_blend import SourceBlend
 from attnctrl.controls.editing.source_guidance import SourceGuidance
@@ -120,6 +123,9 @@ REGISTRY = {
         Method("multi-mask-inpaint", MultiMaskInpaint, "editing"),
         Method("focus-on-instruction", FocusOnInstruction, "editing"),
         Method("lime", Lime, "editing"),
+        Method("plug-and-play", PlugAndPlay, "editing"),
+        Method("design-edit", DesignEdit, "editing"),
+        Method("prime-composer", PrimeComposer, "editing"),
         Method("soft-pag", SoftPAG, "guidance"),
         Method("self-attention-guidance", SelfAttentionGuidance, "guidance"),
         Method("semantic-cfg", SemanticCFG, "guidance"),
@@ -159,6 +165,7 @@ __all__ = [
     "Conform",
     "Correspond",
     "DenseDiffusion",
+    "DesignEdit",
     "DivideBind",
     "Draft",
     "DynamicPrompt",
@@ -176,6 +183,8 @@ __all__ = [
     "MutualSelfAttention",
     "NullText",
     "OptiPrune",
+    "PlugAndPlay",
+    "PrimeComposer",
     "PromptToPrompt",
     "NeighborhoodTiles",
     "OracleBlocks",

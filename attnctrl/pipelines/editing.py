@@ -15,9 +15,13 @@ from attnctrl.canvas import Canvas
 from attnctrl.control import Control
 from attnctrl.controls import REGISTRY
 from attnctrl.controls.editing.source_blend import SourceBlend
+from attnctrl.controls.editing.sources import Retracing
 from attnctrl.edits import Edit, edited
+from attnctrl.errors import ControlError
 from attnctrl.install import share
-from attnctrl.inversion import Job, inversion
+from attnctrl.inversion import Job, Start, ddim_trajectory
+from attnctrl.inversion import inversion as inversion_named
+from attnctrl.layers import Layer, footprint
 from attnctrl.models import call_arguments, load_pipeline, side_multiple
 from attnctrl.pipelines.methods import make_controls
 from attnctrl.regions import Region
@@ -67,6 +71,7 @@ class EditPipeline:
         target_prompt: str | None = None,
         *,
         edits: Sequence[Edit] = (),
+        layers: Sequence[Layer] = (),
         method: str | Control | Sequence[str | Control] = "prompt-to-prompt",
         inversion: str = "direct",
         mask: Any = None,
@@ -83,22 +88,29 @@ class EditPipeline:
 
         image: a PIL picture or array of any size and mode; nothing is resized, sizes that are not whole latents are
         padded. source_prompt: what the picture shows. target_prompt: what the edited one shows, or `edits` of words
-        of the source prompt, from which it is made. method: a name from the registry, a control, several of them, or
-        "none" for the edited prompt alone. inversion: a name of `attnctrl.inversion.INVERSIONS`. mask: where the
-        picture may change (by default the union of the edits' masks, if each has one); outside it the latents are the
-        source's and, with `composite`, the pixels are the given ones, byte for byte beyond `feather` pixels. guidance:
-        a scale under whatever name the base pipeline has for it. seed: of the first picture's noise. kwargs: arguments
-        of the base pipeline, and parameters of the method.
+        of the source prompt, from which it is made. layers: objects that are moved, resized, flipped or removed, for
+        methods that take them; the prompt stays unless another is given. method: a name from the registry, a control,
+        several of them, or "none" for the edited prompt alone. inversion: a name of `attnctrl.inversion.INVERSIONS`.
+        mask: where the picture may change (by default the union of the edits' masks, if each has one, or the holes
+        of the layers and their new places); outside it the latents are the source's and, with `composite`, the pixels
+        are the given ones, byte for byte beyond `feather` pixels. guidance: a scale under whatever name the base
+        pipeline has for it. seed: of the first picture's noise. kwargs: arguments of the base pipeline, and parameters
+        of the method.
         Raises ControlError for unknown names, words that are not in the source prompt, and bad pictures and masks.
         """
-        target = target_prompt if target_prompt is not None else edited(source_prompt, edits)
+        if target_prompt is None:
+            target_prompt = source_prompt if layers and not edits else edited(source_prompt, edits)
+        target = target_prompt
         canvas = Canvas.of(image, side_multiple(self.pipe))
         masks = [None if one.mask is None else canvas.mask(one.mask) for one in edits]
         placed = [
             replace(one, mask=None if m is None else canvas.padded_mask(m)) for one, m in zip(edits, masks, strict=True)
         ]
+        moved = [_padded(layer, canvas) for layer in layers]
         if mask is not None:
             whole: Image.Image | None = canvas.mask(mask)
+        elif moved:
+            whole = footprint(moved, canvas.padded.size).crop((0, 0, *canvas.picture.size))
         else:
             known = [m for m in masks if m is not None]
             whole = reduce(ImageChops.lighter, known) if known and len(known) == len(edits) else None
@@ -109,12 +121,19 @@ class EditPipeline:
         if whole is not None and len(regions) < len(placed or [target]):
             regions = [Region(target, mask=canvas.padded_mask(whole))]
         # The source has none: its prompt does not hold the words of the edits.
-        subject = {"edits": tuple(placed), "regions": [[], regions], "source": canvas.padded}
+        subject: dict[str, Any] = {
+            "edits": tuple(placed),
+            "regions": [[], regions],
+            "layers": tuple(moved),
+            "source": canvas.padded,
+        }
         controls = make_controls(method, "editing", subject, overrides)
         pipe = share(self.pipe)
         prompts = [source_prompt, target]
         job = Job(pipe, canvas.padded, prompts, num_images_per_prompt, num_inference_steps, seed, options)
-        start = _inverted(inversion, job)
+        with torch.no_grad():
+            start = inversion_named(inversion)(job)
+            controls = [_retraced(one, job, start, inversion) for one in controls]
         blend = [] if whole is None else [SourceBlend(canvas.padded_mask(whole))]
         arguments: dict[str, Any] = {
             **options,
@@ -127,12 +146,29 @@ class EditPipeline:
         }
         if start.latents is not None:
             arguments["latents"] = start.latents
-        with control(pipe, *controls, *start.controls, *blend, record=record) as run:
+        with control(pipe, *start.follow, *controls, *start.controls, *blend, record=record) as run:
             drawn = pipe(**call_arguments(pipe, prompts, guidance, arguments)).images
         finished = [canvas.finish(one, whole if composite else None, feather) for one in drawn[num_images_per_prompt:]]
         return EditResult(finished, canvas.finish(drawn[0], None, 0), target, run)
 
 
-def _inverted(name: str, job: Job) -> Any:
-    with torch.no_grad():
-        return inversion(name)(job)
+def _padded(layer: Layer, canvas: Canvas) -> Layer:
+    """The layer for the padded picture."""
+    across, down = (given / padded for given, padded in zip(canvas.picture.size, canvas.padded.size, strict=True))
+    mask = canvas.padded_mask(canvas.mask(layer.mask))
+    return replace(layer, mask=mask, dx=layer.dx * across, dy=layer.dy * down)
+
+
+def _retraced(one: Control, job: Job, start: Start, name: str) -> Control:
+    """The control with the trajectories that it needs and was not given."""
+    if not isinstance(one, Retracing) or one.trajectories is not None or one.idle:
+        return one
+    pictures = one.pictures(job.image)
+    if pictures and start.trajectory is None:
+        raise ControlError(
+            f'{one.name} needs trajectories of pictures, which inversion "{name}" does not make: use "direct", "ddim", '
+            '"negative-prompt" or "null-text".'
+        )
+    found = [start.trajectory if p is job.image else ddim_trajectory(replace(job, image=p)) for p in pictures]
+    changed: Any = one
+    return replace(changed, trajectories=found) if found else one

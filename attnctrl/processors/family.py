@@ -74,6 +74,14 @@ class Family:
         """Every attention layer that can be controlled with its module, in the order of the forward pass."""
         raise NotImplementedError
 
+    def residuals(self) -> list[tuple[Site, Any]]:
+        """Every residual block as a site of kind "residual", with the module whose output it adds to its input.
+
+        In the order of the forward pass; a site's order is that of the attention layer after it. Empty where the model
+        has none.
+        """
+        return []
+
     def reproducible(self, stock: Any) -> bool:
         """Whether our processor computes what this stock one does."""
         return type(stock) in self.plain

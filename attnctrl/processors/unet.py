@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
+from diffusers.models.resnet import ResnetBlock2D
 
 from attnctrl.processors.classic import ClassicProcessor
 from attnctrl.processors.family import Family, Names, uncompiled
@@ -53,20 +55,41 @@ class UNetFamily(Family):
 
     def sites(self) -> list[tuple[Site, Attention]]:
         """Every attention layer of the transformer blocks with its module, in the order of the forward pass."""
-        levels = len(self.model.down_blocks)
         found = []
         for name, module in self.model.named_modules():
-            if not isinstance(module, Attention) or ".transformer_blocks." not in name:
-                continue
-            head, *rest = name.split(".")
-            block = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}[head]
-            level = int(rest[0]) if block != "mid" else 0
-            depth = {"down": level, "mid": levels - 1, "up": levels - 1 - level}[block]
-            rank = {"down": 0, "mid": 1, "up": 2}[block]
-            kind = "cross" if module.is_cross_attention else "self"
-            found.append(((rank, level), Site(name, kind, block, 0, depth), module))
+            if isinstance(module, Attention) and ".transformer_blocks." in name:
+                kind = "cross" if module.is_cross_attention else "self"
+                found.append((self._position(name)[:2], self._site(name, kind), module))
         found.sort(key=lambda item: item[0])
-        return [(Site(s.name, s.kind, s.block, i, s.depth), m) for i, (_, s, m) in enumerate(found)]
+        return [(replace(site, order=i), module) for i, (_, site, module) in enumerate(found)]
+
+    def residuals(self) -> list[tuple[Site, torch.nn.Module]]:
+        """A block's second convolution is the last thing before its input is added."""
+        before = [self._position(site.name) for site, _ in self.sites()]
+        found = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, ResnetBlock2D) and ".resnets." in name:
+                at = self._position(name)
+                order = sum(one < at for one in before)
+                found.append((at, replace(self._site(name, "residual"), order=order), module.conv2))
+        found.sort(key=lambda item: item[0])
+        return [(site, module) for _, site, module in found]
+
+    @staticmethod
+    def _position(name: str) -> tuple[int, int, int]:
+        """Where a layer stands in the forward pass: the part of the UNet, the level, the number of its block there.
+
+        Residual block i of a level comes before its attention i.
+        """
+        rank = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}[name.split(".")[0]]
+        level = 0 if rank == 1 else int(name.split(".")[1])
+        found = re.search(r"\.(?:resnets|attentions)\.(\d+)", name)
+        return rank, level, int(found[1]) if found else 0
+
+    def _site(self, name: str, kind: str) -> Site:
+        rank, level, _ = self._position(name)
+        levels = len(self.model.down_blocks)
+        return Site(name, kind, ("down", "mid", "up")[rank], 0, (level, levels - 1, levels - 1 - level)[rank])
 
     def latent_grid(self, args: tuple, kwargs: dict[str, Any]) -> Grid:
         _, _, height, width = self.signature.get(args, kwargs, "sample").shape

@@ -69,13 +69,14 @@ def sample_boxes(rng: np.random.Generator, count: int) -> list[Box]:
                 float(rng.uniform(MARGIN, 1 - MARGIN - height)),
             )
             box = (x0, y0, x0 + width, y0 + height)
-            if all(_apart(box, other) for other in boxes):
+            if all(apart(box, other) for other in boxes):
                 boxes.append(box)
             if len(boxes) == count:
                 return boxes
 
 
-def _apart(a: Box, b: Box) -> bool:
+def apart(a: Box, b: Box) -> bool:
+    """Whether two boxes have at least GAP between them."""
     return a[0] - b[2] >= GAP or b[0] - a[2] >= GAP or a[1] - b[3] >= GAP or b[1] - a[3] >= GAP
 
 

@@ -32,7 +32,7 @@ def redrawn(pipe: Any, name: str, prompts: list[str], guidance: float, images: i
     start = inversion(name)(job)
     given = {**job.call, **start.call, "num_inference_steps": steps, "guidance_scale": guidance}
     given |= {"num_images_per_prompt": images, "generator": job.generators(), "output_type": "latent"}
-    with ac.control(job.pipe, *start.controls, record=False):
+    with ac.control(job.pipe, *start.follow, *start.controls, record=False):
         return job, job.pipe(prompt=prompts, latents=start.latents, **given).images
 
 
@@ -59,7 +59,7 @@ def test_ddim_backwards_errs_less_than_the_autoencoder(name: str) -> None:
     job = Job(ac.share(pipe), Image.fromarray(_bytes(pixels[0])), [prompt] * 2, steps=50)
     job.pipe.set_progress_bar_config(disable=True)
     start = inversion(name)(job)
-    with ac.control(job.pipe, *start.controls, record=False):
+    with ac.control(job.pipe, *start.follow, *start.controls, record=False):
         drawn = job.pipe(job.prompts, num_inference_steps=50, guidance_scale=1.0, latents=start.latents, **start.call)
     with torch.no_grad():
         trip = pipe.vae.decode(job.clean() / pipe.vae.config.scaling_factor).sample

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from attnctrl.control import Control, param
-from attnctrl.controls.editing.sources import Sources
-from attnctrl.errors import ControlError
+from attnctrl.controls.editing.sources import Sources, on_trajectory
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Step
 
@@ -41,18 +40,8 @@ class FollowSource(Control):
         return Sources.of(sampling, self.name)
 
     def latents(self, latents: torch.Tensor, step: Step, state: Sources) -> torch.Tensor:
-        if len(self.trajectory) != step.total + 1:
-            raise ControlError(
-                f"FollowSource has a trajectory of {len(self.trajectory) - 1} steps, and the run has {step.total}: "
-                "invert with as many steps as you draw."
-            )
-        source = self.trajectory[step.index + 1].to(latents)
-        if source.shape[1:] != latents.shape[1:] or len(source) not in (1, state.images):
-            raise ControlError(
-                f"FollowSource has a trajectory of shape {tuple(source.shape)}, and the run's latents are "
-                f"{tuple(latents.shape)}: invert at the size of the run."
-            )
-        known = source.expand(state.images, *source.shape[1:]).repeat(state.prompts, *[1] * (source.ndim - 1))
+        source = on_trajectory(self.trajectory, step, latents, state, self.name)
+        known = source.repeat(state.prompts, *[1] * (source.ndim - 1))
         if step.progress < self.start:
             return known
         moved = latents + (known - state.of_source(latents)) if self.shared else latents
