@@ -14,6 +14,7 @@ from attnctrl.controls import (
     DenseDiffusion,
     DivideBind,
     Draft,
+    DrawReferences,
     DynamicPrompt,
     EliGen,
     FollowSource,
@@ -53,6 +54,7 @@ from attnctrl.edits import Edit
 from attnctrl.errors import ControlError
 from attnctrl.install import share
 from attnctrl.nouns import find_pairs
+from attnctrl.references import Subject
 from attnctrl.regions import Region
 from attnctrl.run import Run, control
 
@@ -70,6 +72,7 @@ __all__ = [
     "Descent",
     "DivideBind",
     "Draft",
+    "DrawReferences",
     "DynamicPrompt",
     "Edit",
     "EliGen",
@@ -104,6 +107,7 @@ __all__ = [
     "SemanticCFG",
     "SourceBlend",
     "SourceGuidance",
+    "Subject",
     "TowardNoise",
     "TowardPicture",
     "VirtualInversion",

@@ -54,7 +54,8 @@ class Sampling:
     argument. The latent facts are known from the first step on: latent_grid is (frames, height, width), batch counts
     pictures = prompts * images_per_prompt. begun orders the samplings of a process. maps_of: in the noise point, the
     maps that the first step would have from a noise of unit variance (batch, channels, height, width) at the sites of
-    a `Where`; differentiable.
+    a `Where`; differentiable. noised_next: the latents after a step if a picture of clean latents were what is drawn
+    from this noise of unit variance, in the scheduler's scale.
     """
 
     prompts: list[str] | None
@@ -79,6 +80,7 @@ class Sampling:
     report: Report = field(default_factory=Report)
     steps_seen: list[Step] = field(default_factory=list)
     maps_of: Callable[[torch.Tensor, Where], StepMaps] | None = None
+    noised_next: Callable[[torch.Tensor, torch.Tensor, Step], torch.Tensor] | None = None
     begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property

@@ -49,6 +49,7 @@ from attnctrl.controls.sparse.random_blocks import RandomBlocks
 from attnctrl.controls.sparse.rettention import Rettention
 from attnctrl.controls.sparse.sliding_tile import SlidingTile
 from attnctrl.controls.sparse.vmoba import VMoBA
+from attnctrl.controls.subjects.draw_references import DrawReferences
 from attnctrl.errors import ControlError
 
 
@@ -149,6 +150,7 @@ __all__ = [
     "DenseDiffusion",
     "DivideBind",
     "Draft",
+    "DrawReferences",
     "DynamicPrompt",
     "EliGen",
     "FollowSource",
