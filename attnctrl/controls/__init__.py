@@ -49,7 +49,13 @@ from attnctrl.controls.sparse.random_blocks import RandomBlocks
 from attnctrl.controls.sparse.rettention import Rettention
 from attnctrl.controls.sparse.sliding_tile import SlidingTile
 from attnctrl.controls.sparse.vmoba import VMoBA
+from attnctrl.controls.subjects.appearance_matching import AppearanceMatching
+from attnctrl.controls.subjects.consistent_self_attention import ConsistentSelfAttention
+from attnctrl.controls.subjects.delayed_subject import DelayedSubject
 from attnctrl.controls.subjects.draw_references import DrawReferences
+from attnctrl.controls.subjects.isolation_reposition import IsolationReposition
+from attnctrl.controls.subjects.magic_face import MagicFace
+from attnctrl.controls.subjects.shared_attention import SharedAttention
 from attnctrl.errors import ControlError
 
 
@@ -116,6 +122,12 @@ REGISTRY = {
         Method("soft-pag", SoftPAG, "guidance"),
         Method("self-attention-guidance", SelfAttentionGuidance, "guidance"),
         Method("semantic-cfg", SemanticCFG, "guidance"),
+        Method("magic-face", MagicFace, "subjects"),
+        Method("isolation-reposition", IsolationReposition, "subjects"),
+        Method("appearance-matching", AppearanceMatching, "subjects"),
+        Method("consistent-self-attention", ConsistentSelfAttention, "subjects"),
+        Method("shared-attention", SharedAttention, "subjects"),
+        Method("delayed-subject", DelayedSubject, "subjects"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -145,6 +157,11 @@ __all__ = [
     "AleEdit",
     "AgentAttention",
     "AttendExcite",
+    "AppearanceMatching",
+    "ConsistentSelfAttention",
+    "DelayedSubject",
+    "IsolationReposition",
+    "SharedAttention",
     "BundledAttention",
     "Conform",
     "DenseDiffusion",
@@ -158,6 +175,7 @@ __all__ = [
     "InpaintFusion",
     "LayoutGuidance",
     "LoCo",
+    "MagicFace",
     "Method",
     "MultiMaskInpaint",
     "MutualSelfAttention",

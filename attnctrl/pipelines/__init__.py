@@ -4,5 +4,15 @@ from attnctrl.pipelines.editing import EditPipeline, EditResult
 from attnctrl.pipelines.layout import LayoutPipeline, LayoutResult
 from attnctrl.pipelines.paro import calibrate_paro
 from attnctrl.pipelines.plan_sparse import plan_sparse
+from attnctrl.pipelines.subjects import SubjectsPipeline, SubjectsResult
 
-__all__ = ["EditPipeline", "EditResult", "LayoutPipeline", "LayoutResult", "calibrate_paro", "plan_sparse"]
+__all__ = [
+    "EditPipeline",
+    "EditResult",
+    "LayoutPipeline",
+    "LayoutResult",
+    "SubjectsPipeline",
+    "SubjectsResult",
+    "calibrate_paro",
+    "plan_sparse",
+]

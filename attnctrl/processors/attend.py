@@ -196,6 +196,7 @@ def merge_streams(call: Call, result: torch.Tensor, lse: torch.Tensor | None) ->
     merged, every = result, slice(None)
     for stream in (s for s in call.streams if s.offset is not None):
         assert lse is not None
+        assert stream.offset is not None
         rows = stream.rows or every
         query, mask = _looking(call, stream)
         looked, more = attention_with_lse(query, stream.key, stream.value, mask, call.scale)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import attnctrl as ac
-from attnctrl.controls.subjects.rows import Look, References, given_owners, reference_prompts, with_looks
+from attnctrl.controls.subjects.owners import given_owners
+from attnctrl.controls.subjects.rows import Look, References, reference_prompts, with_looks
 from attnctrl.processors.attend import merge_streams
 from attnctrl.schedule import Schedule
 from attnctrl.sites import Call
@@ -72,7 +73,7 @@ def test_rows() -> None:
     assert reference_prompts(many) == ["cat", "cat", "dog"]
     rows = References.of(sampling([PROMPT, PROMPT, "cat", "cat", "dog"], images=2), many, "it")
     assert rows.pictures == slice(0, 4)
-    assert rows.looks == [(0, 0), (0, 1)]
+    assert rows.shown == [(0, 0), (0, 1)]
     assert [rows.row(n) for n in range(3)] == [4, 6, 8]
     with pytest.raises(ac.ControlError, match="row of the run for each of 3 references"):
         References.of(sampling([PROMPT, "cat", "dog"]), many, "it")
@@ -102,13 +103,13 @@ def by_hand(given: Call, row: int, seen: list[int], bias: float) -> torch.Tensor
 
 def test_the_bias_is_one_softmax() -> None:
     given, who = call(), torch.tensor([[True, True, False, False]])
-    look = Look(2, torch.tensor([1, 3]), who, bias=0.7)
-    made = attended(with_looks(given, [look], slice(0, 1), "bias"))
+    look = Look(2, torch.tensor([1, 3]), who, slice(0, 1), bias=0.7)
+    made = attended(with_looks(given, [look], "bias"))
     plain = attended(given)
     torch.testing.assert_close(made[0, :, :2], by_hand(given, 2, [1, 3], 0.7)[:, :2])
     assert torch.equal(made[0, :, 2:], plain[0, :, 2:])
     assert torch.equal(made[1:], plain[1:])
-    doubled = attended(with_looks(given, [replace(look, bias=0.0, strength=2.0)], slice(0, 1), "bias"))
+    doubled = attended(with_looks(given, [replace(look, bias=0.0, strength=2.0)], "bias"))
     torch.testing.assert_close(doubled[0, :, :2], by_hand(given, 2, [1, 3], math.log(2))[:, :2])
 
 
@@ -119,17 +120,18 @@ def test_one_query_by_hand() -> None:
     value = torch.zeros_like(given.value)
     value[1] = 1.0
     given = given.change(key=zero, value=value)
-    looks = [Look(1, torch.tensor([0]), torch.ones(1, 4, dtype=torch.bool), bias=math.log(12))]
+    looks = [Look(1, torch.tensor([0]), torch.ones(1, 4, dtype=torch.bool), slice(0, 1), bias=math.log(12))]
     # Four own keys weigh 4, the reference's one 12.
-    torch.testing.assert_close(
-        attended(with_looks(given, looks, slice(0, 1), "bias"))[0], torch.full_like(value[0], 0.75)
-    )
+    torch.testing.assert_close(attended(with_looks(given, looks, "bias"))[0], torch.full_like(value[0], 0.75))
 
 
 def test_gate_and_replacement() -> None:
     given, who = call(), torch.tensor([[True, True, False, False]])
     other = torch.tensor([[False, True, True, False]])
-    looks = [Look(1, torch.tensor([0, 1]), who), Look(2, torch.tensor([2]), other, strength=0.5)]
+    looks = [
+        Look(1, torch.tensor([0, 1]), who, slice(0, 1)),
+        Look(2, torch.tensor([2]), other, slice(0, 1), strength=0.5),
+    ]
     plain = attended(given)[0]
 
     def of(row: int, seen: list[int]) -> torch.Tensor:
@@ -137,11 +139,11 @@ def test_gate_and_replacement() -> None:
         return scores.softmax(dim=-1) @ given.value[row, :, seen]
 
     first, second = of(1, [0, 1]), of(2, [2])
-    gated = attended(with_looks(given, looks, slice(0, 1), "gate"))[0]
+    gated = attended(with_looks(given, looks, "gate"))[0]
     torch.testing.assert_close(gated[:, 0], (plain + first)[:, 0] / 2)
     torch.testing.assert_close(gated[:, 1], (plain + first + 0.5 * second)[:, 1] / 2.5)
     torch.testing.assert_close(gated[:, 3], plain[:, 3])
-    placed = attended(with_looks(given, looks, slice(0, 1), "replace"))[0]
+    placed = attended(with_looks(given, looks, "replace"))[0]
     torch.testing.assert_close(placed[:, 0], first[:, 0])
     torch.testing.assert_close(placed[:, 1], (first + 0.5 * second)[:, 1] / 1.5)
     torch.testing.assert_close(placed[:, 2], (plain + second)[:, 2] / 2)
@@ -152,11 +154,11 @@ def test_looks_that_show_nothing_are_left_out(how: str) -> None:
     given = call()
     nobody, all_ = torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
     looks = [
-        Look(1, torch.tensor([0]), nobody),
-        Look(1, torch.tensor([], dtype=torch.long), all_),
-        Look(1, torch.tensor([0]), all_, strength=0.0),
+        Look(1, torch.tensor([0]), nobody, slice(0, 1)),
+        Look(1, torch.tensor([], dtype=torch.long), all_, slice(0, 1)),
+        Look(1, torch.tensor([0]), all_, slice(0, 1), strength=0.0),
     ]
-    assert with_looks(given, looks, slice(0, 1), how) is given
+    assert with_looks(given, looks, how) is given
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm", "lcm"])

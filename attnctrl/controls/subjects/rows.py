@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from attnctrl.control import param
 from attnctrl.errors import ControlError
-from attnctrl.references import Reference, Subject, cells
+from attnctrl.references import Reference, Subject
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid, Stream
 
@@ -63,7 +64,7 @@ class References:
         return [(i, one) for i, subject in enumerate(self.subjects) for one in subject.references]
 
     @property
-    def looks(self) -> list[tuple[int, int]]:
+    def shown(self) -> list[tuple[int, int]]:
         """(number of the subject, number of the reference) of those whose subject has any strength."""
         return [(i, n) for n, (i, _) in enumerate(self.all) if self.subjects[i].strength > 0]
 
@@ -84,35 +85,42 @@ def reference_prompts(subjects: Sequence[Subject]) -> list[str]:
     return [subject.text for subject in subjects for _ in subject.references]
 
 
-def given_owners(subjects: Sequence[Subject], grid: Grid) -> torch.Tensor:
-    """Whose each latent token is by the regions: bool (subjects, height * width), at most one; the later lies on top.
-
-    Without a region a subject owns nothing.
-    """
-    owners = torch.zeros(len(subjects), grid[1] * grid[2], dtype=torch.bool)
-    for i, subject in enumerate(subjects):
-        if subject.placed is not None:
-            inside = cells(subject.placed, *grid[1:])
-            owners[:i] &= ~inside
-            owners[i] = inside
-    return owners
-
-
 @dataclass(frozen=True)
 class Look:
-    """What the pictures see of one row: the tokens `index` of its latents, (cells,).
+    """What some pictures see of one row: the tokens `index` of its latents, (cells,), which may repeat.
 
-    who: bool (pictures, latent tokens), which queries look. bias: added to their logits. strength: of the subject.
+    who: bool (pictures, latent tokens), which queries look. rows: those of these pictures in the batch. bias: added to
+    their logits. strength: of the subject.
     """
 
     row: int
     index: torch.Tensor
     who: torch.Tensor
+    rows: slice
     bias: float = 0.0
     strength: float = 1.0
 
 
-def with_looks(call: Call, looks: Sequence[Look], pictures: slice, how: str) -> Call:
+def looks_of_all(sources: Sequence[tuple[int, torch.Tensor, float]], pictures: slice, call: Call) -> list[Look]:
+    """Every picture looks at every source, (row, index, strength), but at itself."""
+    latent, found = call.queries.latent, []
+    for row, index, strength in sources:
+        who = torch.ones(pictures.stop, latent.stop - latent.start, dtype=torch.bool, device=call.query.device)
+        if row < pictures.stop:
+            who[row] = False
+        found.append(Look(row, index, who, pictures, 0.0, strength))
+    return found
+
+
+def random_part(index: torch.Tensor, keep: float, draw: tuple[int, ...]) -> torch.Tensor:
+    """Each of some tokens with probability `keep`; the same for the same `draw`."""
+    if keep >= 1:
+        return index
+    generator = torch.Generator().manual_seed(hash(draw) % 2**63)
+    return index[(torch.rand(len(index), generator=generator) < keep).to(index.device)]
+
+
+def with_looks(call: Call, looks: Sequence[Look], how: str) -> Call:
     """The call whose pictures see these looks as well; every other row stays as it is.
 
     how: "bias": in one softmax with the layer's own keys, the bias and the logarithm of the strength added to the
@@ -123,25 +131,32 @@ def with_looks(call: Call, looks: Sequence[Look], pictures: slice, how: str) -> 
     looks = [one for one in looks if len(one.index) and one.strength > 0 and bool(one.who.any())]
     if not looks:
         return call
-    latent, keys = call.queries.latent, call.keys.latent
-    sees = torch.zeros(len(looks), len(call.query[pictures]), call.query.shape[2], device=call.query.device)
-    sees[:, :, latent] = torch.stack([one.who.float() for one in looks]).to(sees)
-    sees = sees[:, :, None, :, None]
-    streams = []
-    for one, who in zip(looks, sees, strict=True):
-        taken = one.index + keys.start
-        key, value = (t[one.row, None][:, :, taken].expand(who.shape[0], -1, -1, -1) for t in (call.key, call.value))
-        offset = torch.where(who > 0, one.bias + torch.tensor(one.strength).log().to(who), float("-inf"))
-        streams.append(Stream(key, value, 1.0, offset=offset, rows=pictures))
+    sees = []
+    for one in looks:
+        who = torch.zeros(len(one.who), 1, call.query.shape[2], 1, device=call.query.device)
+        who[:, 0, call.queries.latent, 0] = one.who.to(who)
+        sees.append(who)
     if how == "bias":
+        streams = []
+        for one, who in zip(looks, sees, strict=True):
+            offset = torch.where(who > 0, one.bias + math.log(one.strength), float("-inf"))
+            streams.append(Stream(*_seen(call, one), 1.0, offset=offset, rows=one.rows))
         return call.change(streams=(*call.streams, *streams))
-    strengths = torch.stack([who * one.strength for one, who in zip(looks, sees, strict=True)])
-    own = torch.ones_like(strengths[0]) if how == "gate" else (1 - strengths.amax(dim=0)).clamp(min=0)
-    whole = own + strengths.sum(dim=0)
-    rest = torch.ones(len(call.query), 1, call.query.shape[2], 1, device=call.query.device)
-    rest[pictures] = own / whole
+    total, most = torch.zeros(2, len(call.query), 1, call.query.shape[2], 1, device=call.query.device)
+    for one, who in zip(looks, sees, strict=True):
+        total[one.rows] += one.strength * who
+        most[one.rows] = torch.maximum(most[one.rows], one.strength * who)
+    own = torch.ones_like(total) if how == "gate" else (1 - most).clamp(min=0)
+    rest, dtype = own / (own + total), call.value.dtype
     weighted = [
-        Stream(s.key, s.value, (strength / whole).to(call.value.dtype), rows=pictures)
-        for s, strength in zip(streams, strengths, strict=True)
+        Stream(*_seen(call, one), (one.strength * who / (own + total)[one.rows]).to(dtype), rows=one.rows)
+        for one, who in zip(looks, sees, strict=True)
     ]
-    return call.shared(rest.to(call.value.dtype), *weighted)
+    return call.shared(rest.to(dtype), *weighted)
+
+
+def _seen(call: Call, look: Look) -> tuple[torch.Tensor, torch.Tensor]:
+    """The key and value that a look shows, for each picture that looks."""
+    taken = look.index + call.keys.latent.start
+    key, value = (t[look.row, None][:, :, taken].expand(len(look.who), -1, -1, -1) for t in (call.key, call.value))
+    return key, value
