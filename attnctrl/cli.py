@@ -1,4 +1,4 @@
-"""The command line: attnctrl layout | edit | headhunt | plan-sparse | methods | bench | train-shapes."""
+"""The command line: attnctrl layout | edit | subjects | headhunt | plan-sparse | methods | bench | train-shapes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from attnctrl.errors import ControlError
 COMMANDS = {
     "layout": ("attnctrl.commands.layout", "draw a prompt with objects in their regions"),
     "edit": ("attnctrl.commands.edit", "change a given picture by changing its prompt"),
+    "subjects": ("attnctrl.commands.subjects", "draw given subjects, one or several in a picture"),
     "plan-sparse": ("attnctrl.commands.plan_sparse", "find the cheapest sparse attention within an error budget"),
     "headhunt": ("attnctrl.commands.headhunt", "search the attention heads whose perturbation guides best"),
     "methods": ("attnctrl.commands.methods", "list the methods with their parameters"),

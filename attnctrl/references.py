@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from attnctrl.canvas import as_picture
@@ -16,17 +17,28 @@ from attnctrl.regions import Region
 
 SMALLEST = 8
 """Pixels on the shorter side of a reference; smaller ones show nothing."""
+SIDE = 512
+"""About so many pixels on the longer side of a reference that is moved to its place."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """One picture of a subject. picture: RGB, upright; mask: of its size, mode L, white where the subject is."""
+    """One picture of a subject. picture: RGB, upright; mask: of its size, mode L, white where the subject is.
+
+    place: the region that the subject is to fill in a run's rows; None: where it is.
+    """
 
     picture: Image.Image
     mask: Image.Image
+    place: Region | None = None
 
     def fitted(self, height: int, width: int) -> Reference:
-        """Padded to the proportions of height x width (any unit), never cut: by its own edge, outside the mask."""
+        """In the proportions of height x width (any unit), what is missing made of its own edge, outside the mask.
+
+        Never cut, or with a `place` scaled and moved until the subject fills it as far as its proportions allow.
+        """
+        if self.place is not None:
+            return self._placed(self.place, height, width)
         tall, wide = self.picture.height, self.picture.width
         right = max(round(tall * width / height) - wide, 0)
         below = max(round(wide * height / width) - tall, 0)
@@ -34,9 +46,35 @@ class Reference:
         pixels = np.pad(np.asarray(self.picture), (*sides, (0, 0)), mode="edge")
         return Reference(Image.fromarray(pixels), Image.fromarray(np.pad(np.asarray(self.mask), sides)))
 
+    def _placed(self, place: Region, height: int, width: int) -> Reference:
+        size = max(SIDE // max(height, width), 1)
+        rows, columns = height * size, width * size
+        place.check_aspect(height, width)
+        y0, y1, x0, x1 = _bounds(place.raster(rows, columns, "any") > 0)
+        top, bottom, left, right = _bounds(torch.from_numpy(np.asarray(self.mask) > 127))
+        scale = min((y1 - y0) / (bottom - top), (x1 - x0) / (right - left))
+        down = (torch.arange(rows) + 0.5 - (y0 + y1) / 2) / scale + (top + bottom) / 2
+        across = (torch.arange(columns) + 0.5 - (x0 + x1) / 2) / scale + (left + right) / 2
+        tall, wide = self.picture.height, self.picture.width
+        grid = torch.stack(torch.meshgrid(2 * across / wide - 1, 2 * down / tall - 1, indexing="xy"), dim=-1)[None]
+        pixels = torch.from_numpy(np.array(self.picture)).permute(2, 0, 1)[None].float()
+        shown = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)[0].round()
+        inside = torch.from_numpy(np.array(self.mask))[None, None].float()
+        mask = F.grid_sample(inside, grid, mode="nearest", align_corners=False)[0, 0]
+        return Reference(
+            Image.fromarray(shown.permute(1, 2, 0).numpy().astype(np.uint8)),
+            Image.fromarray(mask.numpy().astype(np.uint8)),
+        )
+
     def tokens(self, height: int, width: int) -> torch.Tensor:
         """Which cells of a grid of the fitted picture show the subject: bool (height * width), at least one."""
         return cells(Region("the subject", mask=self.fitted(height, width).mask), height, width)
+
+
+def _bounds(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    """The first and the end row, the first and the end column of what is True."""
+    rows, columns = (mask.any(dim=axis).nonzero().flatten() for axis in (1, 0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
 def cells(region: Region, height: int, width: int) -> torch.Tensor:
@@ -53,8 +91,10 @@ class Subject:
     array (height, width[, channels]) of bytes or of floats in 0..1. mask: where it shows the subject, of any kind that
     `Region` takes, one per picture; by default what the picture's transparency leaves, or else all of it. region: where
     the subject belongs in the drawn picture: a box (x0, y0, x1, y1) in fractions, a mask or a `Region`; None: wherever
-    the model puts it. strength: how much of it, >= 0; 0 is as if it were absent, and in one softmax with the
-    picture's own keys 2 counts its keys twice. prompt: what the references show, for the model (default: the phrase).
+    the model puts it. reposition: with a region, references are scaled and moved until the subject fills it, so that
+    what a model ties to places fits; False leaves it where it is in them. strength: how much of it, >= 0; 0 is as if
+    it were absent, and in one softmax with the picture's own keys 2 counts its keys twice. prompt: what the references show,
+    for the model (default: the phrase).
     Raises ControlError for pictures, masks and regions that cannot be used.
     """
 
@@ -64,6 +104,7 @@ class Subject:
     region: Any = None
     strength: float = 1.0
     prompt: str | None = None
+    reposition: bool = True
     references: tuple[Reference, ...] = field(default=(), init=False, repr=False)
     placed: Region | None = field(default=None, init=False, repr=False)
 
@@ -82,9 +123,9 @@ class Subject:
             raise ControlError(
                 f'subject "{self.phrase}" has {len(masks)} masks for {len(pictures)} pictures: give one for each.'
             )
+        object.__setattr__(self, "placed", self._placed())
         made = tuple(self._reference(p, m) for p, m in zip(pictures, masks, strict=True))
         object.__setattr__(self, "references", made)
-        object.__setattr__(self, "placed", self._placed())
 
     @property
     def text(self) -> str:
@@ -104,12 +145,13 @@ class Subject:
             picture = Image.alpha_composite(Image.new("RGBA", alpha.size, "white"), alpha)
             mask = alpha.getchannel("A") if mask is None else mask
         picture = picture.convert("RGB")
+        place = self.placed if self.reposition else None
         if mask is None:
-            return Reference(picture, Image.new("L", picture.size, 255))
+            return Reference(picture, Image.new("L", picture.size, 255), place)
         region = Region(self.phrase, mask=mask)
         region.check_aspect(picture.height, picture.width)
         inside = region.raster(picture.height, picture.width, "nearest")
-        return Reference(picture, Image.fromarray((inside.numpy() * 255).astype(np.uint8)))
+        return Reference(picture, Image.fromarray((inside.numpy() * 255).astype(np.uint8)), place)
 
     def _placed(self) -> Region | None:
         if self.region is None or isinstance(self.region, Region):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnctrl.bench import dose, edit, fidelity, kernels, layout, overhead, sparse
+from attnctrl.bench import dose, edit, fidelity, kernels, layout, overhead, sparse, subjects
 from attnctrl.bench.compare import compare
 from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
@@ -21,7 +21,7 @@ from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
-BENCHES = (*COMPARISONS, "edit", "sparse", "overhead", "kernels")
+BENCHES = (*COMPARISONS, "edit", "subjects", "sparse", "overhead", "kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="A,B{PARAM=VALUE},C+D",
         help='comma-separated; "none" is the stock pipeline, "ideal" the best score there is; parameters as in '
-        '"loco{scale=30|60;iterations=3}"; for edit with @INVERSION and, where the mask is given, :mask',
+        '"loco{scale=30|60;iterations=3}"; for edit with @INVERSION and, where the mask is given, :mask; for subjects '
+        "with :boxes where their regions are given",
     )
     parser.add_argument("--split", choices=("tune", "test"), help="which prompts (dose: tune; else: test)")
     parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead: 10)")
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `args.bench` and print its table. Returns 0; 1 when a method failed; 2 when the request makes no sense."""
     args.model = args.model or ("shapes-video" if args.bench == "sparse" else "shapes-sd")
     try:
-        others = {"kernels": _kernels, "overhead": _overhead, "edit": _edit, "sparse": _sparse}
+        others = {"kernels": _kernels, "overhead": _overhead, "edit": _edit, "sparse": _sparse, "subjects": _subjects}
         run = others.get(args.bench)
         results = _comparison(args, COMPARISONS[args.bench]) if run is None else run(args)
     except ControlError as error:
@@ -94,6 +95,19 @@ def _edit(args: argparse.Namespace) -> Results:
         results.resume()
     edit.measure(pipe, ways, images, settings, results)
     print(results_table(results, edit.TABLE))
+    return results
+
+
+def _subjects(args: argparse.Namespace) -> Results:
+    images = args.images or (subjects.QUICK_IMAGES if args.quick else subjects.IMAGES)
+    settings = _settings(args, steps=25, batch=1)
+    ways = subjects.parse_ways(args.methods or subjects.METHODS)
+    pipe = _load(args)
+    results = _results(args, settings, images=images, weights=fingerprint(pipe))
+    if args.resume:
+        results.resume()
+    subjects.measure(pipe, ways, args.objects or subjects.OBJECTS, images, settings, results)
+    print(results_table(results, subjects.TABLE))
     return results
 
 

@@ -40,7 +40,7 @@ class SubjectTask:
         named = " and ".join(filter(None, [first, self.phrases[-1]]))
         return f"{named} on {article(ground)} {ground} background"
 
-    def subjects(self, boxes: bool) -> list[Subject]:
+    def subjects(self, boxes: bool, reposition: bool = True) -> list[Subject]:
         """The subjects with exact masks; boxes: each with its region."""
         made = []
         for i, view in enumerate(self.views):
@@ -52,6 +52,7 @@ class SubjectTask:
                     thing_mask(view.things[0]) > 0.5,
                     self.layout.boxes[i] if boxes else None,
                     prompt=f"{self.phrases[i]} on {article(view.background)} {view.background} background",
+                    reposition=reposition,
                 )
             )
         return made

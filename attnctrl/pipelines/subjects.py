@@ -67,6 +67,7 @@ class SubjectsPipeline:
         *,
         method: str | Control | Sequence[str | Control] = "magic-face",
         reference_noise: str = "one",
+        noise_scale: float = 1.0,
         num_inference_steps: int = 50,
         num_images_per_prompt: int = 1,
         guidance: float | None = None,
@@ -78,7 +79,8 @@ class SubjectsPipeline:
 
         method: a name from the registry, a control, several of them, or "none". Methods for layout may be among them:
         they put the subjects that have a region there. reference_noise: how references are noised along the run, "one"
-        noise, a "fresh" one in every step, or by DDIM "inversion" (noise-predicting UNets). A subject of strength 0
+        noise, a "fresh" one in every step, or by DDIM "inversion" (noise-predicting UNets); noise_scale: how much they
+        have of it, see `DrawReferences`. A subject of strength 0
         takes no part. seed: of the first picture's noise, counted up for each further one of a prompt. kwargs:
         arguments of the base pipeline, and parameters of the method.
         Raises ControlError for unknown names and parameters and for subjects that cannot be used.
@@ -108,9 +110,9 @@ class SubjectsPipeline:
             "num_inference_steps": num_inference_steps,
             "generator": [torch.Generator().manual_seed(one) for one in seeds],
         }
-        keep: dict[str, Any] = {}
+        keep: dict[str, Any] = {"noise_scale": noise_scale, "seed": seed % REFERENCE_SEED}
         if reference_noise == "fresh":
-            keep = {"noise_kind": "fresh", "seed": seed}
+            keep["noise_kind"] = "fresh"
         elif reference_noise == "inversion" and subjects:
             keep["trajectory"] = path = _trajectories(pipe, subjects, num_inference_steps, options)
             start = [torch.randn(path.shape[2:], generator=one) for one in arguments["generator"][: len(scenes)]]

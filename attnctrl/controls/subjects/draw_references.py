@@ -32,7 +32,8 @@ class DrawReferences(Control):
 
     Their rows end in the given pictures whatever the model predicts. `noise` "one": each keeps the noise that it starts
     from (its prediction becomes the one that leads to the picture, as in virtual inversion, arXiv 2312.04965); "fresh":
-    it is noised anew after every step with the generator of `seed`, as in MagicFace's code (2408.07433). With
+    it is noised anew after every step with the generator of `seed`, as in MagicFace's code (2408.07433). With a
+    `noise_scale` below 1, which is nobody's paper, references can be made out earlier than the pictures. With
     `trajectory`, (steps + 1, references, channels, height, width) from noise to picture, its latents are those: what
     an inversion found. Without this control the model draws the references from their prompts, as IR-Diffusion does
     (2411.19261). A reference of other proportions than the picture is padded by its own edge.
@@ -45,11 +46,17 @@ class DrawReferences(Control):
     subjects: Sequence[Subject] = ()
     trajectory: Any = field(default=None, compare=False, kw_only=True)
     noise_kind: str = param("one", "one noise for the run, or a fresh one in every step", choices=("one", "fresh"))
-    seed: int = param(0, "of the fresh noise", 0, 2**31 - 1)
+    noise_scale: float = param(1.0, "how much noise the references have, relative to the pictures", 0, 1)
+    seed: int = param(0, "of the fresh or scaled noise", 0, 2**31 - 1)
 
     @property
     def idle(self) -> bool:
         return self.window.empty or not self.subjects
+
+    @property
+    def _set_anew(self) -> bool:
+        """Whether the references' latents are put there after every step."""
+        return self.noise_kind == "fresh" or self.noise_scale < 1
 
     def begin(self, sampling: Sampling) -> State:
         return State(References.of(sampling, self.subjects, self.name), sampling)
@@ -64,7 +71,7 @@ class DrawReferences(Control):
             ]
             assert state.sampling.clean is not None
             state.clean = state.sampling.clean(pictures, like)
-        if self.noise_kind == "fresh" or self.trajectory is not None:
+        if self._set_anew or self.trajectory is not None:
             return prediction.combined
         whole = torch.cat([torch.zeros_like(prediction.combined[:first]), state.clean.to(prediction.combined)])
         known = prediction.toward(whole)[first:].to(prediction.combined.dtype)
@@ -78,11 +85,12 @@ class DrawReferences(Control):
             known = self._follow(latents[first:], step, state.rows.images)
         elif step.index == step.total - 1:
             known = state.clean  # without what the rounding of the steps has left
-        elif self.noise_kind == "fresh":
+        elif self._set_anew:
             assert state.sampling.noised_next is not None
-            generator = torch.Generator().manual_seed(hash((self.seed, step.index)) % 2**63)
+            draw = step.index if self.noise_kind == "fresh" else -1
+            generator = torch.Generator().manual_seed(hash((self.seed, draw)) % 2**63)
             noise = torch.randn(state.clean.shape, generator=generator).to(state.clean)
-            known = state.sampling.noised_next(state.clean, noise, step)
+            known = state.sampling.noised_next(state.clean, self.noise_scale * noise, step)
         else:
             return latents
         return torch.cat([latents[:first], known.to(latents)])

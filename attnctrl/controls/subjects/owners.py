@@ -152,8 +152,8 @@ class Owners:
         if watches and not any(site.kind == "cross" for site in sampling.sites):
             named = next(subject.phrase for subject in subjects if subject.placed is None)
             raise ControlError(
-                f'{who} needs to know where "{named}" belongs, which it reads in cross-attention alone: give its Subject '
-                "a region."
+                f'{who} needs to know where "{named}" belongs, which it reads in cross-attention alone: give its '
+                "Subject a region."
             )
         for p in range(scenes if watches else 0):
             for i, subject in enumerate(subjects):

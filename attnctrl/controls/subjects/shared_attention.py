@@ -31,9 +31,9 @@ class SharedAttention(Control):
 
     The run draws several pictures: prompt=[picture, ...]. In the decoder's self-attention every picture sees its own
     keys and, of the first `anchors` pictures, those of the `phrases`: where their attention in the step before is
-    above Otsu's threshold. A random `keep` of these is shown, drawn in every step. Given references, whose rows stand after
-    the pictures, are shown to all, inside their masks, as further anchors. One mask serves all subjects of a picture,
-    so two of them may blend. Each branch sees its own keys, from the second step on.
+    above Otsu's threshold. A random `keep` of these is shown, drawn in every step. Given references, whose rows stand
+    after the pictures, are shown to all, inside their masks, as further anchors. One mask serves all subjects of a
+    picture, so two of them may blend. Each branch sees its own keys, from the second step on.
     Departures: the published layout diversity (queries of a run without sharing) and the second run that injects
     features are left out. Families: UNets; in joint attention with references alone, whose keys keep their positions.
     """
