@@ -93,8 +93,8 @@ class Subject:
     the subject belongs in the drawn picture: a box (x0, y0, x1, y1) in fractions, a mask or a `Region`; None: wherever
     the model puts it. reposition: with a region, references are scaled and moved until the subject fills it, so that
     what a model ties to places fits; False leaves it where it is in them. strength: how much of it, >= 0; 0 is as if
-    it were absent, and in one softmax with the picture's own keys 2 counts its keys twice. prompt: what the references show,
-    for the model (default: the phrase).
+    it were absent, and in one softmax with the picture's own keys 2 counts its keys twice. prompt: what the
+    references show, for the model (default: the phrase).
     Raises ControlError for pictures, masks and regions that cannot be used.
     """
 

@@ -23,6 +23,7 @@ from attnctrl.errors import ControlError
 from attnctrl.pipelines.subjects import SubjectsPipeline
 from attnctrl.regions import Region
 from attnctrl.shapes.detect import detect
+from attnctrl.words import learn_words
 
 TABLE = ("identity", "blend", "prompt", "in_box", "whole")
 IMAGES, QUICK_IMAGES = 20, 2
@@ -30,7 +31,7 @@ OBJECTS = (2,)
 PLAIN = "unmasked"
 CONCATENATION = "consistent-self-attention{keep=1;early=1;late=1;window=0..1}"
 """What `unmasked` stands for: the keys of all references beside the picture's own, as they are."""
-LAYOUT = "loco+region-mask"
+LAYOUT = "region-mask"
 METHODS = ",".join(
     (
         NONE,
@@ -42,9 +43,10 @@ METHODS = ",".join(
         "shared-attention",
         f"{LAYOUT}:boxes",
         f"{LAYOUT}+magic-face:boxes",
-        f"{LAYOUT}+magic-face{{placing=replace;from_layer=0;window=0..0.5}}:boxes",
+        f"{LAYOUT}+magic-face{{placing=replace;window=0..0.5}}:boxes",
         f"{LAYOUT}+isolation-reposition:boxes",
         f"{LAYOUT}+appearance-matching:boxes",
+        f"{LAYOUT}+delayed-subject{{delay=0}}:boxes",
     )
 )
 """By default the decoder's self-attention of ConsistentSelfAttention and SharedAttention sees references alone: a
@@ -81,7 +83,10 @@ def draw_subjects(pipe: Any, task: SubjectTask, way: Way, settings: Settings) ->
     subjects = task.subjects(way.boxes)
     references: list[list[Region]] = [[] for _ in reference_prompts(subjects)]
     placed = [subject.placed for subject in subjects if subject.placed is not None]
-    controls = way.spec.controls({"subjects": subjects, "regions": [placed, *references]})
+    given: dict[str, Any] = {"subjects": subjects, "regions": [placed, *references]}
+    if any(part.method.name == "delayed-subject" for part in way.spec.parts):
+        given["embeddings"] = learn_words(pipe, subjects, seed=task.seed)
+    controls = way.spec.controls(given)
     result = SubjectsPipeline(pipe)(
         task.prompt,
         subjects if controls else (),

@@ -21,6 +21,7 @@ from attnctrl.models import call_arguments, load_pipeline
 from attnctrl.pipelines.methods import make_controls
 from attnctrl.references import Subject
 from attnctrl.run import Run, control
+from attnctrl.words import learn_words
 
 NOISES = ("one", "fresh", "inversion")
 REFERENCE_SEED = 2**31
@@ -78,7 +79,8 @@ class SubjectsPipeline:
         """Draw `prompt`, or each of several, with these subjects.
 
         method: a name from the registry, a control, several of them, or "none". Methods for layout may be among them:
-        they put the subjects that have a region there. reference_noise: how references are noised along the run, "one"
+        they put the subjects that have a region there. "delayed-subject" by name learns a word for each subject first,
+        see `attnctrl.words.learn_word`. reference_noise: how references are noised along the run, "one"
         noise, a "fresh" one in every step, or by DDIM "inversion" (noise-predicting UNets); noise_scale: how much they
         have of it, see `DrawReferences`. A subject of strength 0
         takes no part. seed: of the first picture's noise, counted up for each further one of a prompt. kwargs:
@@ -96,8 +98,10 @@ class SubjectsPipeline:
         references = reference_prompts(subjects)
         prompts = [*scenes, *references]
         placed = [subject.placed for subject in subjects if subject.placed is not None]
+        named = [method] if isinstance(method, str | Control) else list(method)
         about = {
             "subjects": subjects,
+            "embeddings": learn_words(self.pipe, subjects, seed=seed) if "delayed-subject" in named else {},
             "regions": [placed] * len(scenes) + [[] for _ in references],
             "phrases": [[s.phrase for s in subjects]] * len(scenes) + [[] for _ in references],
         }

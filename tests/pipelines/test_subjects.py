@@ -157,7 +157,7 @@ def test_a_reference_is_moved_to_its_region() -> None:
 def test_the_rows_of_the_bench() -> None:
     ways = parse_ways(METHODS)
     assert ways[1].label == PLAIN
-    assert [way.boxes for way in ways if "loco" in way.label] == [True] * 5
+    assert [way.boxes for way in ways if "region-mask" in way.label] == [True] * 6
     with pytest.raises(ac.ControlError, match="is unknown"):
         parse_ways("magic")
 

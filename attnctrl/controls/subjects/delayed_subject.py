@@ -26,7 +26,8 @@ class DelayedSubject(Control):
     """Delayed subject conditioning of FastComposer (Xiao et al., arXiv 2305.10431, sec. 4.3), for any embeddings.
 
     embeddings: for phrases of the prompt what takes the place of their last token, (channels,), or of their last n
-    tokens, (n, channels), as the denoiser gets them: an image encoder's, a learned word's. Until `delay` of the run
+    tokens, (n, channels), as the denoiser gets them: an image encoder's, a learned word's (`attnctrl.words`). Only
+    the first prompt must hold them all. Until `delay` of the run
     the text is the prompt's own, afterwards it has these. The paper recommends a delay of 0.2 to 0.4; its script's
     "i <= 10" of 50 steps, the default, leaves 11 steps to the prompt. The unconditional branch stays as it is.
     Families: UNets, PixArt and others with cross-attention.
@@ -47,6 +48,9 @@ class DelayedSubject(Control):
         texts = []
         for p, text in enumerate(sampling.encode(list(sampling.prompts or [])).positive):
             for phrase, embedding in self.embeddings.items():
+                # A picture of a set, or a reference, need not show every subject; some prompt must name it.
+                if p and not any(tokens.occurrences(phrase) for tokens in sampling.tokens[p]):
+                    continue
                 places = sampling.find(phrase, p)
                 given = embedding[None] if embedding.ndim == 1 else embedding
                 if given.ndim != 2 or given.shape[1] != text.shape[1] or not 1 <= len(given) <= len(places):
