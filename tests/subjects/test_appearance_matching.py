@@ -78,8 +78,8 @@ def test_only_the_subjects_part_of_a_reference_counts() -> None:
     small = np.zeros((32, 32), bool)
     small[:2, :2] = True
     pipe = tiny.sd()
-    masked = (ac.Subject("cat", picture(1), small, (0, 0, 1, 1)),)
-    whole = (ac.Subject("cat", picture(1), None, (0, 0, 1, 1)),)
+    masked = (ac.Subject("cat", picture(1), small, (0, 0, 1, 1), reposition=False),)
+    whole = (ac.Subject("cat", picture(1), None, (0, 0, 1, 1), reposition=False),)
     stock = draw(pipe, masked)
     little = (draw(pipe, masked, matching(masked, threshold=4.0))[0] - stock[0]).abs().mean()
     much = (draw(pipe, whole, matching(whole, threshold=4.0))[0] - stock[0]).abs().mean()

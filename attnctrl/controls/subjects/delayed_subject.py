@@ -27,9 +27,9 @@ class DelayedSubject(Control):
 
     embeddings: for phrases of the prompt what takes the place of their last token, (channels,), or of their last n
     tokens, (n, channels), as the denoiser gets them: an image encoder's, a learned word's (`attnctrl.words`). Only
-    the first prompt must hold them all. Until `delay` of the run
-    the text is the prompt's own, afterwards it has these. The paper recommends a delay of 0.2 to 0.4; its script's
-    "i <= 10" of 50 steps, the default, leaves 11 steps to the prompt. The unconditional branch stays as it is.
+    the first prompt must hold them all. Until `delay` of the run the text is the prompt's own, afterwards it has these.
+    The paper recommends a delay of 0.2 to 0.4; its script's "i <= 10" of 50 steps, the default, leaves 11 steps to the
+    prompt. The unconditional branch stays as it is.
     Families: UNets, PixArt and others with cross-attention.
     """
 
