@@ -30,7 +30,7 @@ class Canvas:
 
         Raises ControlError for anything else, and for pictures smaller than one latent.
         """
-        picture = ImageOps.exif_transpose(_as_picture(source))
+        picture = ImageOps.exif_transpose(as_picture(source))
         alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
         picture = picture.convert("RGB")
         if min(picture.size) < multiple:
@@ -80,7 +80,8 @@ def feathered(mask: Image.Image, feather: int) -> Image.Image:
     return ImageChops.lighter(mask, ImageChops.darker(soft, reach))
 
 
-def _as_picture(source: Any) -> Image.Image:
+def as_picture(source: Any) -> Image.Image:
+    """A PIL picture as it is, or one of an array; raises ControlError for anything else."""
     if isinstance(source, Image.Image):
         return source
     array = np.asarray(source)

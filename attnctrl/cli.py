@@ -1,4 +1,4 @@
-"""The command line: attnctrl layout | edit | explain | headhunt | plan-sparse | methods | bench | train-shapes."""
+"""The command line `attnctrl` and its commands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "layout": ("attnctrl.commands.layout", "draw a prompt with objects in their regions"),
     "edit": ("attnctrl.commands.edit", "change a given picture by changing its prompt"),
     "explain": ("attnctrl.commands.explain", "draw a prompt and write a page about what the run did"),
+    "subjects": ("attnctrl.commands.subjects", "draw given subjects, one or several in a picture"),
     "plan-sparse": ("attnctrl.commands.plan_sparse", "find the cheapest sparse attention within an error budget"),
     "headhunt": ("attnctrl.commands.headhunt", "search the attention heads whose perturbation guides best"),
     "methods": ("attnctrl.commands.methods", "list the methods with their parameters"),

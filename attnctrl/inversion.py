@@ -97,21 +97,21 @@ def ddim_trajectory(job: Job) -> torch.Tensor:
 
 def ddim(job: Job) -> Start:
     """Draw on from where DDIM, run backwards, ends; guidance above 1 lets the source drift."""
-    _use_ddim(job, "ddim")
+    use_ddim(job.pipe, 'inversion "ddim"')
     trajectory = ddim_trajectory(job)
     return Start(job.of_every_picture(trajectory[0]), trajectory=trajectory)
 
 
 def direct(job: Job) -> Start:
     """DDIM run backwards, and the source held to its trajectory: direct inversion (arXiv 2310.01506)."""
-    _use_ddim(job, "direct")
+    use_ddim(job.pipe, 'inversion "direct"')
     trajectory = ddim_trajectory(job)
     return Start(job.of_every_picture(trajectory[0]), follow=(FollowSource(trajectory),), trajectory=trajectory)
 
 
 def negative_prompt(job: Job) -> Start:
     """DDIM run backwards, and the source's prompt as the negative one: negative-prompt inversion (2305.16807)."""
-    _use_ddim(job, "negative-prompt")
+    use_ddim(job.pipe, 'inversion "negative-prompt"')
     negative = [job.prompts[0]] * len(job.prompts)
     trajectory = ddim_trajectory(job)
     return Start(job.of_every_picture(trajectory[0]), call={"negative_prompt": negative}, trajectory=trajectory)
@@ -119,7 +119,7 @@ def negative_prompt(job: Job) -> Start:
 
 def null_text(job: Job) -> Start:
     """DDIM run backwards, and an unconditional embedding tuned for every step: null-text inversion (2211.09794)."""
-    _use_ddim(job, "null-text")
+    use_ddim(job.pipe, 'inversion "null-text"')
     trajectory = ddim_trajectory(job)
     return Start(job.of_every_picture(trajectory[0]), (NullText(trajectory, _levels(job)),), trajectory=trajectory)
 
@@ -129,7 +129,7 @@ def edit_friendly(job: Job) -> Start:
 
     The edits begin after 0.36 of the run and the source has guidance 3.5, as published.
     """
-    _use_ddim(job, "edit-friendly")
+    use_ddim(job.pipe, 'inversion "edit-friendly"')
     clean = job.clean()
     kept = _levels(job)[:-1].view(-1, 1, 1, 1, 1)
     generator = torch.Generator().manual_seed(job.seed)
@@ -200,12 +200,15 @@ def _levels(job: Job) -> torch.Tensor:
     return torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)])
 
 
-def _use_ddim(job: Job, who: str) -> None:
-    """Give the pipeline's light copy a DDIM scheduler: the one whose steps can be run backwards."""
-    config = job.pipe.scheduler.config
+def use_ddim(pipe: Any, who: str) -> None:
+    """Give a pipeline's light copy a DDIM scheduler: the one whose steps can be run backwards.
+
+    Raises ControlError for models of rectified flow; `who` needs it.
+    """
+    config = pipe.scheduler.config
     if "beta_start" not in config:
         raise ControlError(
-            f'inversion "{who}" needs a model that was trained to predict noise, and {type(job.pipe).__name__} draws '
-            'by rectified flow: use "virtual".'
+            f"{who} needs a model that was trained to predict noise, and {type(pipe).__name__} draws by rectified "
+            'flow: use "virtual" for edits, one noise for references.'
         )
-    job.pipe.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
+    pipe.scheduler = DDIMScheduler.from_config(config, clip_sample=False)

@@ -36,6 +36,7 @@ class Sampler:
         self.denoiser = run.family.denoisers[0]
         self.scheduler = run.pipe.scheduler
         self.schedule = Schedule(self.scheduler)
+        sampling.noised_next = self.schedule.noised_next
         self.step_signature = Signature(type(self.scheduler).step)
         self.started = False
         self.steps_done = 0

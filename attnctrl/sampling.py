@@ -57,7 +57,8 @@ class Sampling:
     pictures = prompts * images_per_prompt. begun orders the samplings of a process. maps_of: in the noise point, the
     maps that the first step would have from a noise of unit variance (batch, channels, height, width) at the sites of
     a `Where`; differentiable. words: what losses have added to the conditional text, (batch, tokens, channels).
-    moments: Adam's, by the number of the control.
+    moments: Adam's, by the number of the control. noised_next: the latents after a step if a picture of clean latents
+    were what is drawn from this noise of unit variance, in the scheduler's scale.
     residuals: the model's residual blocks, as sites of kind "residual". edit_features: in a control's `begin`, have
     what one of them adds, (batch, channels, height, width), edited in the steps and guidance branches in which the
     control acts. It is called with the features of one branch and the step.
@@ -89,6 +90,7 @@ class Sampling:
     words: torch.Tensor | None = None
     moments: dict[int, Moments] = field(default_factory=dict)
     edit_features: Callable[[Site, FeatureEdit], None] | None = None
+    noised_next: Callable[[torch.Tensor, torch.Tensor, Step], torch.Tensor] | None = None
     begun: int = field(default_factory=lambda: next(_BEGUN))
 
     @cached_property

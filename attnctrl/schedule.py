@@ -72,6 +72,21 @@ class Schedule:
             return (sample - (1 - kept) ** 0.5 * prediction) / kept**0.5
         return prediction if kind == "sample" else kept**0.5 * sample - (1 - kept) ** 0.5 * prediction
 
+    def noised_next(self, clean: torch.Tensor, noise: torch.Tensor, step: Step) -> torch.Tensor:
+        """The sampler's latents after `step` if `clean` were the picture and `noise` its noise; float32.
+
+        Both (batch, channels, height, width), the noise of unit variance. After the last step it is the picture.
+        """
+        if step.index + 1 >= step.total:
+            return clean.float()
+        value = self.timesteps[step.index + 1]
+        then = Step(step.index + 1, step.total, value, value / float(self.scheduler.config.num_train_timesteps))
+        if self.flow:
+            kept, left = 1 - self._sigma(then), self._sigma(then)
+        else:
+            kept, left = self._kept(then) ** 0.5, (1 - self._kept(then)) ** 0.5
+        return (kept * clean.float() + left * noise.float()) / self.input_scale(then)
+
     def clean_scale(self, step: Step) -> float:
         """What the clean picture is multiplied by in the denoiser's input."""
         return 1 - self._sigma(step) if self.flow else self._kept(step) ** 0.5

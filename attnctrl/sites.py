@@ -87,9 +87,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Stream:
-    """Another context that the queries attend to: its own softmax, merged by weight.
+    """Another context that the queries attend to: its own softmax, merged by weight, or more keys of the layer's own.
 
-    key, value: (batch, heads, keys, head_dim). weight: (batch, 1, queries, 1), in [0, 1]. mask: which of these keys
+    key, value: (batch, heads, keys, head_dim). weight: (batch, 1, queries, 1), in [0, 1]. offset: with it the keys
+    stand in one softmax with the layer's own keys, (batch, 1, queries, 1) or a number added to their logits, -inf for
+    queries that do not see them; `weight` is not read then. rows: the rows of the batch that look, to which all
+    these tensors belong; None for all. mask: which of these keys
     each query sees, None for all; the masks of controls speak of the first look. With token groups, for a second look
     at the layer's own keys, what the model itself hides is hidden there too; a tensor, boolean or additive and
     broadcastable to (batch, heads, queries, keys), says everything. query: who looks, the call's own query if None.
@@ -100,6 +103,8 @@ class Stream:
     weight: torch.Tensor | float
     mask: TokenGroups | torch.Tensor | None = None
     query: torch.Tensor | None = None
+    offset: torch.Tensor | float | None = None
+    rows: slice | None = None
 
 
 @dataclass(frozen=True)
@@ -139,5 +144,5 @@ class Call:
         What earlier controls shared out is scaled by `rest` along with the layer's own context, so that all weights
         still sum to 1.
         """
-        earlier = tuple(replace(stream, weight=stream.weight * rest) for stream in self.streams)
+        earlier = tuple(replace(s, weight=s.weight * (rest if s.rows is None else rest[s.rows])) for s in self.streams)
         return replace(self, streams=(*earlier, *streams), base_weight=self.base_weight * rest)

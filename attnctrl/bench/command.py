@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnctrl.bench import dose, edit, fidelity, guidance, kernels, layout, overhead, readout, sparse
+from attnctrl.bench import dose, edit, fidelity, guidance, kernels, layout, overhead, readout, sparse, subjects
 from attnctrl.bench.compare import compare
 from attnctrl.bench.draw import DTYPES, Settings
 from attnctrl.bench.methods import Spec, parse_methods
@@ -21,7 +21,7 @@ from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
-BENCHES = (*COMPARISONS, "edit", "guidance", "readout", "sparse", "overhead", "kernels")
+BENCHES = (*COMPARISONS, "edit", "subjects", "guidance", "readout", "sparse", "overhead", "kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B{PARAM=VALUE},C+D",
         help='comma-separated; "none" is the stock pipeline, "ideal" the best score there is; parameters as in '
         '"loco{scale=30|60;iterations=3}"; for edit with @INVERSION (not on shapes-instruct) and, where the mask is '
-        "given, :mask",
+        "given, :mask; for subjects with :boxes where their regions are given",
     )
     parser.add_argument("--split", choices=("tune", "test"), help="which prompts (dose: tune; else: test)")
     parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead: 10)")
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     args.model = args.model or ("shapes-video" if args.bench == "sparse" else "shapes-sd")
     try:
         others = {"kernels": _kernels, "overhead": _overhead, "edit": _edit, "sparse": _sparse}
-        others |= {"guidance": _guidance, "readout": _readout}
+        others |= {"guidance": _guidance, "readout": _readout, "subjects": _subjects}
         run = others.get(args.bench)
         results = _comparison(args, COMPARISONS[args.bench]) if run is None else run(args)
     except ControlError as error:
@@ -110,15 +110,19 @@ def _readout(args: argparse.Namespace) -> Results:
     return _measured(args, readout, parse_methods(args.methods or readout.METHODS))
 
 
-def _measured(args: argparse.Namespace, bench: ModuleType, specs: list[Spec]) -> Results:
+def _subjects(args: argparse.Namespace) -> Results:
+    return _measured(args, subjects, subjects.parse_ways(args.methods or subjects.METHODS), batch=1)
+
+
+def _measured(args: argparse.Namespace, bench: ModuleType, rows: list[Any], batch: int | None = None) -> Results:
     """A bench whose `measure` adds the rows of several numbers of objects."""
     images = args.images or (bench.QUICK_IMAGES if args.quick else bench.IMAGES)
-    settings = _settings(args, steps=25, batch=min(args.batch, images))
+    settings = _settings(args, steps=25, batch=batch or min(args.batch, images))
     pipe = _load(args)
     results = _results(args, settings, images=images, weights=fingerprint(pipe))
     if args.resume:
         results.resume()
-    bench.measure(pipe, specs, args.objects or bench.OBJECTS, images, settings, results)
+    bench.measure(pipe, rows, args.objects or bench.OBJECTS, images, settings, results)
     print(results_table(results, bench.TABLE))
     return results
 

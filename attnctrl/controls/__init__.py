@@ -58,6 +58,13 @@ from attnctrl.controls.sparse.random_blocks import RandomBlocks
 from attnctrl.controls.sparse.rettention import Rettention
 from attnctrl.controls.sparse.sliding_tile import SlidingTile
 from attnctrl.controls.sparse.vmoba import VMoBA
+from attnctrl.controls.subjects.appearance_matching import AppearanceMatching
+from attnctrl.controls.subjects.consistent_self_attention import ConsistentSelfAttention
+from attnctrl.controls.subjects.delayed_subject import DelayedSubject
+from attnctrl.controls.subjects.draw_references import DrawReferences
+from attnctrl.controls.subjects.isolation_reposition import IsolationReposition
+from attnctrl.controls.subjects.magic_face import MagicFace
+from attnctrl.controls.subjects.shared_attention import SharedAttention
 from attnctrl.errors import ControlError
 
 
@@ -132,6 +139,12 @@ REGISTRY = {
         Method("segment", Segment, "readout"),
         Method("segment-like-me", SegmentLikeMe, "readout"),
         Method("correspond", Correspond, "readout"),
+        Method("magic-face", MagicFace, "subjects"),
+        Method("isolation-reposition", IsolationReposition, "subjects"),
+        Method("appearance-matching", AppearanceMatching, "subjects"),
+        Method("consistent-self-attention", ConsistentSelfAttention, "subjects"),
+        Method("shared-attention", SharedAttention, "subjects"),
+        Method("delayed-subject", DelayedSubject, "subjects"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -161,6 +174,11 @@ __all__ = [
     "AleEdit",
     "AgentAttention",
     "AttendExcite",
+    "AppearanceMatching",
+    "ConsistentSelfAttention",
+    "DelayedSubject",
+    "IsolationReposition",
+    "SharedAttention",
     "BundledAttention",
     "Conform",
     "Correspond",
@@ -168,6 +186,7 @@ __all__ = [
     "DesignEdit",
     "DivideBind",
     "Draft",
+    "DrawReferences",
     "DynamicPrompt",
     "EliGen",
     "FocusOnInstruction",
@@ -178,6 +197,7 @@ __all__ = [
     "LayoutGuidance",
     "Lime",
     "LoCo",
+    "MagicFace",
     "Method",
     "MultiMaskInpaint",
     "MutualSelfAttention",

@@ -6,6 +6,7 @@ from attnctrl.pipelines.layout import LayoutPipeline, LayoutResult
 from attnctrl.pipelines.paro import calibrate_paro
 from attnctrl.pipelines.plan_sparse import plan_sparse
 from attnctrl.pipelines.readout import ReadoutPipeline
+from attnctrl.pipelines.subjects import SubjectsPipeline, SubjectsResult
 
 __all__ = [
     "EditPipeline",
@@ -15,6 +16,8 @@ __all__ = [
     "LayoutPipeline",
     "LayoutResult",
     "ReadoutPipeline",
+    "SubjectsPipeline",
+    "SubjectsResult",
     "calibrate_paro",
     "plan_sparse",
 ]

@@ -16,15 +16,15 @@ ANY_TASK = "guidance"
 
 def make_controls(
     methods: str | Control | Sequence[str | Control],
-    task: str,
+    task: str | tuple[str, ...],
     subject: Mapping[str, Any],
     overrides: Mapping[str, Any],
 ) -> list[Control]:
     """The controls that `methods` names, each with its share of `overrides`.
 
-    task: what the methods must be for; those of guidance always fit. subject: what the task is about, by the name of
-    the field that takes it; a method without such a field does not need it. With several methods a parameter must
-    belong to exactly one of them.
+    task: what the methods must be for, or several such; those of guidance always fit. subject: what the task is about,
+    by the name of the field that takes it; a method without such a field does not need it. With several methods a
+    parameter must belong to exactly one of them.
     Raises ControlError otherwise.
     """
     given = [methods] if isinstance(methods, str | Control) else list(methods)
@@ -52,8 +52,8 @@ def make_controls(
     return made
 
 
-def _of_task(name: str, task: str) -> Method:
-    found = method(name)
-    if found.task not in (task, ANY_TASK):
-        raise ControlError(f'method "{name}" belongs to the task {found.task}, not to {task}.')
+def _of_task(name: str, task: str | tuple[str, ...]) -> Method:
+    found, tasks = method(name), (task,) if isinstance(task, str) else task
+    if found.task not in (*tasks, ANY_TASK):
+        raise ControlError(f'method "{name}" belongs to the task {found.task}, not to {" or ".join(tasks)}.')
     return found

@@ -21,7 +21,7 @@ from attnctrl.kernels import (
 )
 from attnctrl.processors.work import Work
 from attnctrl.sampling import Active
-from attnctrl.sites import Call
+from attnctrl.sites import Call, Stream
 
 Mask = torch.Tensor | TokenGroups | None
 
@@ -41,8 +41,9 @@ def attend(call: Call, work: Work) -> torch.Tensor:
     mask, biased = _masked(call, active, work)
     observe = work.observe if call.branch == "cond" else None
     edited = any({"scores", "probs"} & one.points for one in active)
+    more_keys = any(stream.offset is not None for stream in call.streams)
 
-    probs = _probabilities(call, biased, mask, active, work) if edited else None
+    probs, lse = _probabilities(call, biased, mask, active, work) if edited else (None, None)
     own = None
     if observe is not None:
         shown, own = _map(biased, mask, probs)
@@ -59,14 +60,21 @@ def attend(call: Call, work: Work) -> torch.Tensor:
                     f"{one.control.name} and {editor} cannot work together at {call.site.name}: one replaces the "
                     "attention whose scores the other edits. Give them other sites (where) or steps (window)."
                 )
+    if result is not None and more_keys:
+        raise ControlError(
+            f"one control replaces the attention of {call.site.name}, to which another adds keys of references: give "
+            "them other sites (where) or steps (window), or choose another placing of the references."
+        )
     if result is None and edited and probs is not None:
         result = torch.matmul(probs.to(call.value.dtype), call.value)
+    if result is None and more_keys:
+        result, lse = attention_with_lse(biased.query, biased.key, biased.value, mask, biased.scale)
     if result is None:
         result = own
     if result is None:
         result = masked_attention(biased.query, biased.key, biased.value, mask, biased.scale)
     if call.streams:
-        result = _merge_streams(call, result)
+        result = merge_streams(call, result, lse)
     for one, timed in _having("output", active, call, work):
         with timed:
             result = one.control.output(result, call, one.state)
@@ -161,7 +169,10 @@ def _dense(mask: Mask) -> torch.Tensor | None:
     return mask.dense() if isinstance(mask, TokenGroups) else mask
 
 
-def _probabilities(call: Call, biased: Call, mask: Mask, active: tuple[Active, ...], work: Work) -> torch.Tensor:
+def _probabilities(
+    call: Call, biased: Call, mask: Mask, active: tuple[Active, ...], work: Work
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probabilities as the controls edit them, and the log-sum-exp of the edited scores."""
     scores = logits(biased.query, biased.key, _dense(mask), biased.scale)
     for one, timed in _having("scores", active, call, work):
         with timed:
@@ -173,15 +184,50 @@ def _probabilities(call: Call, biased: Call, mask: Mask, active: tuple[Active, .
     for one, timed in _having("probs", active, call, work):
         with timed:
             probs = one.control.probs(probs, call, one.state)
-    return probs
+    return probs, scores.logsumexp(dim=-1)
 
 
-def _merge_streams(call: Call, result: torch.Tensor) -> torch.Tensor:
-    """The weighted sum of the layer's own attention and that of each further context."""
-    merged = result * call.base_weight
-    for stream in call.streams:
-        mask = _grouped(stream.mask, call.mask, call) if isinstance(stream.mask, TokenGroups) else stream.mask
-        query = call.query if stream.query is None else stream.query
+def merge_streams(call: Call, result: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
+    """The weighted sum of the layer's own attention and that of each further context.
+
+    result: the layer's own, (batch, heads, queries, head_dim); lse: its log-sum-exp, (batch, heads, queries), for
+    streams whose keys join its softmax: these come first, whatever the order.
+    """
+    merged, every = result, slice(None)
+    for stream in (s for s in call.streams if s.offset is not None):
+        assert lse is not None
+        assert stream.offset is not None
+        rows = stream.rows or every
+        query, mask = _looking(call, stream)
+        looked, more = attention_with_lse(query, stream.key, stream.value, mask, call.scale)
+        offset = stream.offset[..., 0] if isinstance(stream.offset, torch.Tensor) else stream.offset
+        more = more + offset
+        total = torch.logaddexp(lse[rows], more)
+        # A query that sees nothing at all keeps its output of 0.
+        total = total.masked_fill(total == float("-inf"), 0.0)
+        shares = (lse[rows] - total).exp()[..., None], (more - total).exp()[..., None]
+        joined = (shares[0] * merged[rows] + shares[1] * looked).to(result.dtype)
+        merged, lse = _with_rows(merged, rows, joined), _with_rows(lse, rows, total)
+    merged = merged * call.base_weight
+    for stream in (s for s in call.streams if s.offset is None):
+        rows = stream.rows or every
+        query, mask = _looking(call, stream)
         looked = masked_attention(query, stream.key, stream.value, mask, call.scale)
-        merged = merged + stream.weight * looked
+        merged = _with_rows(merged, rows, merged[rows] + stream.weight * looked)
     return merged.to(result.dtype)
+
+
+def _looking(call: Call, stream: Stream) -> tuple[torch.Tensor, Mask]:
+    """Who looks at a stream, and which of its keys they see."""
+    query = call.query if stream.query is None else stream.query
+    query = query if stream.rows is None or stream.query is not None else query[stream.rows]
+    return query, _grouped(stream.mask, call.mask, call) if isinstance(stream.mask, TokenGroups) else stream.mask
+
+
+def _with_rows(whole: torch.Tensor, rows: slice, part: torch.Tensor) -> torch.Tensor:
+    """The tensor with some rows of its batch exchanged."""
+    if rows == slice(None):
+        return part
+    changed = whole.to(torch.promote_types(whole.dtype, part.dtype), copy=True)
+    changed[rows] = part
+    return changed

@@ -148,7 +148,7 @@ def test_its_window_is_kept(name: str) -> None:
 def test_it_documents_itself(name: str) -> None:
     entry = REGISTRY[name]
     assert entry.name == name
-    assert entry.task in ("layout", "fidelity", "guidance", "editing", "readout", "sparse")
+    assert entry.task in ("layout", "fidelity", "guidance", "editing", "readout", "subjects", "sparse")
     assert entry.control.__doc__
     assert entry.control.paper
     assert entry.control.fixes

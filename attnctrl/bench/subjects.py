@@ -1,0 +1,129 @@
+"""`bench subjects`: prompts without colours, pictures that fix them; whose colour each object has, by every method."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from attnctrl.bench.draw import Settings, precision
+from attnctrl.bench.methods import NONE, Spec, parse_methods, split_list
+from attnctrl.bench.results import Results, Row
+from attnctrl.bench.stats import mean_interval
+from attnctrl.bench.subject_score import score_subjects
+from attnctrl.bench.subject_tasks import SubjectTask, make_subject_tasks
+from attnctrl.controls.subjects.rows import reference_prompts
+from attnctrl.errors import ControlError
+from attnctrl.pipelines.subjects import SubjectsPipeline
+from attnctrl.regions import Region
+from attnctrl.shapes.detect import detect
+from attnctrl.words import learn_words
+
+TABLE = ("identity", "blend", "prompt", "in_box", "whole")
+IMAGES, QUICK_IMAGES = 20, 2
+OBJECTS = (2,)
+PLAIN = "unmasked"
+CONCATENATION = "consistent-self-attention{keep=1;early=1;late=1;window=0..1}"
+"""What `unmasked` stands for: the keys of all references beside the picture's own, as they are."""
+LAYOUT = "region-mask"
+METHODS = ",".join(
+    (
+        NONE,
+        PLAIN,
+        "magic-face",
+        "isolation-reposition",
+        "appearance-matching",
+        "consistent-self-attention",
+        "shared-attention",
+        f"{LAYOUT}:boxes",
+        f"{LAYOUT}+magic-face:boxes",
+        f"{LAYOUT}+magic-face{{placing=replace;window=0..0.5}}:boxes",
+        f"{LAYOUT}+isolation-reposition:boxes",
+        f"{LAYOUT}+appearance-matching:boxes",
+        f"{LAYOUT}+delayed-subject{{delay=0}}:boxes",
+    )
+)
+"""By default the decoder's self-attention of ConsistentSelfAttention and SharedAttention sees references alone: a
+batch holds one picture."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row: which methods, and whether each subject's region is given; methods of layout need it."""
+
+    label: str
+    spec: Spec
+    boxes: bool
+
+
+def parse_ways(text: str) -> list[Way]:
+    """The rows of a comma-separated list: methods as `bench layout` writes them, `unmasked`, each with :boxes or not.
+
+    Raises ControlError for names that are not known.
+    """
+    ways = []
+    for item in split_list(text):
+        rest, colon, flag = item.rpartition(":")
+        boxes = bool(colon) and flag == "boxes"
+        named = rest if boxes else item
+        for spec in parse_methods(CONCATENATION if named == PLAIN else named):
+            label = PLAIN if named == PLAIN else spec.label
+            ways.append(Way(f"{label}:boxes" if boxes else label, spec, boxes))
+    return ways
+
+
+def draw_subjects(pipe: Any, task: SubjectTask, way: Way, settings: Settings) -> Image.Image:
+    """One picture. Raises ControlError where the method cannot draw it."""
+    subjects = task.subjects(way.boxes)
+    references: list[list[Region]] = [[] for _ in reference_prompts(subjects)]
+    placed = [subject.placed for subject in subjects if subject.placed is not None]
+    given: dict[str, Any] = {"subjects": subjects, "regions": [placed, *references]}
+    if any(part.method.name == "delayed-subject" for part in way.spec.parts):
+        given["embeddings"] = learn_words(pipe, subjects, seed=task.seed)
+    controls = way.spec.controls(given)
+    result = SubjectsPipeline(pipe)(
+        task.prompt,
+        subjects if controls else (),
+        method=controls or NONE,
+        num_inference_steps=settings.steps,
+        guidance=settings.guidance,
+        seed=task.seed,
+        record=False,
+        **settings.call,
+    )
+    return result.images[0]
+
+
+def measure(
+    pipe: Any, ways: Sequence[Way], objects: Sequence[int], images: int, settings: Settings, results: Results
+) -> None:
+    """Add a row for each way and number of subjects that `results` does not hold yet."""
+    missing = [(way, count) for count in objects for way in ways if results.find(way.label, count) is None]
+    with tqdm(total=images * len(missing), unit="img", smoothing=0.1) as bar:
+        for way, count in missing:
+            bar.set_description(way.label)
+            tasks = make_subject_tasks(count, images, settings.split, settings.seed)
+            results.add(_row(pipe, way, count, tasks, settings, bar))
+
+
+def _row(pipe: Any, way: Way, count: int, tasks: list[SubjectTask], settings: Settings, bar: tqdm) -> Row:
+    scores: list[dict[str, float]] = []
+    seconds: list[float] = []
+    for task in tasks:
+        start = time.perf_counter()
+        try:
+            with precision(pipe.device, settings.dtype):
+                picture = draw_subjects(pipe, task, way, settings)
+        except ControlError as error:
+            return Row(way.label, count, 0, error=str(error))
+        seconds.append(time.perf_counter() - start)
+        scores.append(score_subjects(task, detect(np.asarray(picture))))
+        bar.update()
+    metrics = {name: mean_interval([s[name] for s in scores]) for name in TABLE}
+    return Row(way.label, count, len(tasks), metrics, statistics.median(seconds))

@@ -1,0 +1,179 @@
+"""SubjectsPipeline, its command, and its bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import attnctrl as ac
+from attnctrl.bench.draw import Settings
+from attnctrl.bench.methods import parse_methods
+from attnctrl.bench.results import Results
+from attnctrl.bench.subject_score import score_subjects
+from attnctrl.bench.subject_tasks import make_subject_tasks
+from attnctrl.bench.subjects import METHODS, PLAIN, TABLE, Way, draw_subjects, measure, parse_ways
+from attnctrl.commands.subjects import parse_subjects
+from attnctrl.pipelines import SubjectsPipeline
+from attnctrl.pipelines.subjects import NOISES
+from attnctrl.shapes.detect import detect
+from attnctrl.shapes.render import render
+from attnctrl.shapes.world import Scene, Thing
+from tests import tiny
+from tests.subjects.material import PROMPT, middle, picture, two
+
+FEW: dict[str, Any] = {"num_inference_steps": 3, "seed": 4, "record": False}
+
+
+def drawn(subjects: Any, **params: Any) -> np.ndarray:
+    result = SubjectsPipeline(tiny.sd())(PROMPT, subjects, **{**FEW, **params})
+    return np.asarray(result.images[0])
+
+
+def test_without_methods_it_is_the_stock_picture() -> None:
+    pipe = tiny.sd()
+    seeds = [torch.Generator().manual_seed(4)]
+    stock = np.asarray(pipe([PROMPT], num_inference_steps=3, generator=seeds).images[0])
+    assert (drawn((), method="none") == stock).all()
+    assert (drawn(two(strength=0.0)) == stock).all()
+    assert not (drawn(two()) == stock).all()
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_references_are_drawn_along(noise: str) -> None:
+    scheduler = (pipe := tiny.sd("dpm")).scheduler
+    result = SubjectsPipeline(pipe)(PROMPT, two(), reference_noise=noise, num_images_per_prompt=2, **FEW)
+    assert len(result.images) == len(result.references) == 2
+    assert pipe.scheduler is scheduler
+    assert not (np.asarray(result.images[0]) == np.asarray(result.images[1])).all()
+
+
+def test_exchanged_pictures_and_regions_matter() -> None:
+    cat, dog = two()
+    exchanged = (
+        ac.Subject("cat", dog.image, dog.mask, cat.region),
+        ac.Subject("dog", cat.image, cat.mask, dog.region),
+    )
+    one, other = drawn((cat, dog)), drawn(exchanged)
+    assert not (one == other).all()
+
+
+def test_a_set_of_prompts_and_methods_of_layout() -> None:
+    pipeline = SubjectsPipeline(tiny.sd())
+    result = pipeline([PROMPT, "a red cat and a dog"], two(), method=["region-mask", "magic-face"], bias=1.0, **FEW)
+    assert len(result.images) == 2
+    assert {row.control for row in result.run.report.rows.values()} == {"DrawReferences", "RegionMask", "MagicFace"}
+    assert pipeline.methods == [
+        "magic-face",
+        "isolation-reposition",
+        "appearance-matching",
+        "consistent-self-attention",
+        "shared-attention",
+        "delayed-subject",
+    ]
+
+
+def test_bad_input_is_a_sentence() -> None:
+    for given, sentence in (
+        ({"reference_noise": "some"}, "choose one of one, fresh, inversion"),
+        ({"method": "draft"}, "belongs to the task sparse, not to subjects or layout"),
+        ({"method": "magic-face", "base": 1}, "is no parameter of magic-face"),
+        ({"noise_scale": 2.0}, "noise_scale is 2.0"),
+    ):
+        with pytest.raises(ac.ControlError, match=sentence):
+            drawn(two(), **given)
+    with pytest.raises(ac.ControlError, match='"bird" is not in the prompt'):
+        drawn([ac.Subject("bird", picture(1))])
+
+
+def test_subjects_of_the_command_line(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        picture(1).save(tmp_path / f"{name}.png")
+    Image.fromarray(middle()).save(tmp_path / "mask.png")
+    one, two_, mask = (str(tmp_path / f"{name}.png") for name in ("one", "two", "mask"))
+    subjects = parse_subjects([f"a cat={one}@0,0,0.5,1", f"a dog={one}", f"a dog={two_}"], [mask] * 3)
+    assert [s.phrase for s in subjects] == ["a cat", "a dog"]
+    assert subjects[0].region == (0, 0, 0.5, 1)
+    assert len(subjects[1].references) == 2
+    for texts, masks, sentence in (
+        (["a cat"], [], "write phrase=file"),
+        ([f"a cat={one}@left"], [], "four numbers"),
+        ([f"a cat={one}", f"a dog={one}"], [mask], "one for each"),
+    ):
+        with pytest.raises(ac.ControlError, match=sentence):
+            parse_subjects(texts, masks)
+
+
+def test_tasks_leave_the_colours_to_the_references() -> None:
+    for task in make_subject_tasks(2, 4):
+        assert not any(colour in task.prompt for _, colour in task.layout.asked)
+        for subject, view, (shape, colour) in zip(task.subjects(False), task.views, task.layout.asked, strict=True):
+            assert (view.things[0].shape, view.things[0].colour) == (shape, colour)
+            assert [o.colour for o in detect(subject.references[0].picture).objects] == [colour]
+            assert subject.phrase in task.prompt
+    one, passed = make_subject_tasks(3, 2)
+    assert one.prompt == passed.prompt
+    assert one.seed == passed.seed
+    assert [c for _, c in passed.layout.asked] == [c for _, c in one.layout.asked][-1:] + [
+        c for _, c in one.layout.asked
+    ][:-1]
+
+
+def test_scores_of_pictures_that_are_known() -> None:
+    task, passed = make_subject_tasks(2, 2)
+
+    def scored(colours: list[str]) -> dict[str, float]:
+        things = [
+            Thing(shape, colour, (x0 + x1) / 2, (y0 + y1) / 2, 0.12)
+            for (shape, _, (x0, y0, x1, y1)), colour in zip(task.layout.things, colours, strict=True)
+        ]
+        return score_subjects(task, detect(render([Scene(tuple(things), task.layout.background)])[0]))
+
+    right = scored([c for _, c in task.layout.asked])
+    assert right == {"identity": 1.0, "blend": 0.0, "prompt": 1.0, "in_box": 1.0, "whole": 1.0}
+    exchanged = scored([c for _, c in passed.layout.asked])
+    assert exchanged == {"identity": 0.0, "blend": 1.0, "prompt": 1.0, "in_box": 0.0, "whole": 0.0}
+
+
+def test_a_reference_is_moved_to_its_region() -> None:
+    (task,) = make_subject_tasks(1, 1)
+    box = task.layout.boxes[0]
+    moved = task.subjects(True)[0].references[0].fitted(16, 16)
+    (found,) = detect(moved.picture).objects
+    assert found.box[0] >= box[0] - 0.01
+    assert found.box[3] <= box[3] + 0.01
+    assert found.centre == pytest.approx(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), abs=0.01)
+    inside = np.asarray(moved.mask) > 127
+    assert (inside & found.mask).sum() / (inside | found.mask).sum() > 0.9
+    still = task.subjects(True, reposition=False)[0].references[0].fitted(16, 16)
+    assert still.picture.size == (128, 128)
+
+
+def test_the_rows_of_the_bench() -> None:
+    ways = parse_ways(METHODS)
+    assert ways[1].label == PLAIN
+    assert [way.boxes for way in ways if "region-mask" in way.label] == [True] * 6
+    with pytest.raises(ac.ControlError, match="is unknown"):
+        parse_ways("magic")
+
+
+def test_a_measured_row(tmp_path: Path) -> None:
+    pipe = tiny.sd()
+    settings = Settings(steps=2)
+    results = Results("subjects", "tiny", settings.as_dict(), {}, path=tmp_path / "rows.json")
+    measure(pipe, parse_ways("none,magic-face{from_layer=0},region-mask+magic-face:boxes"), (1,), 1, settings, results)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [
+        "none",
+        "magic-face{from_layer=0}",
+        "region-mask+magic-face:boxes",
+    ]
+    assert all(set(row["metrics"]) == set(TABLE) for row in rows)
+    (task,) = make_subject_tasks(1, 1)
+    (spec,) = parse_methods("none")
+    assert draw_subjects(pipe, task, Way("none", spec, False), settings).size == (32, 32)
