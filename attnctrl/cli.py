@@ -1,4 +1,4 @@
-"""The command line: attnctrl layout | edit | headhunt | plan-sparse | methods | bench | train-shapes."""
+"""The command line: attnctrl layout | edit | headhunt | plan-sparse | methods | bench | ui | train-shapes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "headhunt": ("attnctrl.commands.headhunt", "search the attention heads whose perturbation guides best"),
     "methods": ("attnctrl.commands.methods", "list the methods with their parameters"),
     "bench": ("attnctrl.bench", "measure methods, side by side, on the shapes world"),
+    "ui": ("attnctrl.commands.ui", "serve the web page"),
     "train-shapes": ("attnctrl.shapes.train", "train a shipped model anew"),
 }
 """Each command's module, with `add_arguments` and `main`, and what it does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -68,7 +68,7 @@ class EditPipeline:
         target_prompt: str | None = None,
         *,
         edits: Sequence[Edit] = (),
-        method: str | Control | Sequence[str | Control] = "prompt-to-prompt",
+        method: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]] = "prompt-to-prompt",
         inversion: str = "direct",
         mask: Any = None,
         composite: bool = True,
@@ -84,12 +84,12 @@ class EditPipeline:
 
         image: a PIL picture or array of any size and mode; nothing is resized, sizes that are not whole latents are
         padded. source_prompt: what the picture shows. target_prompt: what the edited one shows, or `edits` of words
-        of the source prompt, from which it is made. method: a name from the registry, a control, several of them, or
-        "none" for the edited prompt alone. inversion: a name of `attnctrl.inversion.INVERSIONS`. mask: where the
-        picture may change (by default the union of the edits' masks, if each has one); outside it the latents are the
-        source's and, with `composite`, the pixels are the given ones, byte for byte beyond `feather` pixels. guidance:
-        a scale under whatever name the base pipeline has for it. seed: of the first picture's noise. kwargs: arguments
-        of the base pipeline, and parameters of the method.
+        of the source prompt, from which it is made. method: a name from the registry, a control, several of them,
+        names with the parameters of each, or "none" for the edited prompt alone. inversion: a name of
+        `attnctrl.inversion.INVERSIONS`. mask: where the picture may change (by default the union of the edits' masks,
+        if each has one); outside it the latents are the source's and, with `composite`, the pixels are the given ones,
+        byte for byte beyond `feather` pixels. guidance: a scale under whatever name the base pipeline has for it. seed:
+        of the first picture's noise. kwargs: arguments of the base pipeline, and parameters of the method.
         Raises ControlError for unknown names, words that are not in the source prompt, and bad pictures and masks.
         """
         target = target_prompt if target_prompt is not None else edited(source_prompt, edits)
