@@ -72,9 +72,9 @@ def draw_api(desk: Desk) -> None:
             for m in REGISTRY.values()
         ]
 
-    def stop(request: gr.Request) -> int:
-        """Stop this session's runs; how many there were."""
-        return desk.stop(str(request.session_hash))
+    def stop(request: gr.Request) -> dict[str, int]:
+        """Stop this session's runs, those in line too; how many there were."""
+        return {"stopped": desk.stop(str(request.session_hash))}
 
     _endpoint("check", check, [asked], [told])
     _endpoint("methods", methods, [], [told])

@@ -4,6 +4,7 @@ const COLOURS = ["#e6007a", "#0077ff", "#00a36c", "#d97000", "#7a00e6", "#008fa8
 const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d");
 const words = element.querySelector(".words"), list = element.querySelector(".regions");
 const tools = [...element.querySelectorAll("[data-tool]")];
+const clicked = new WeakMap();  // of a region, its first and last word: "a" stands more than once
 let regions = [], selected = -1, tool = "box", drag = null, backdrop = null;
 
 const clamp = (v) => Math.min(1, Math.max(0, v));
@@ -57,11 +58,13 @@ function paint() {
 }
 
 function span(region) {
-  // The first words of the prompt that are the region's phrase, as [first, last] of the buttons.
+  // The words of the prompt that are the region's phrase, as [first, last] of the buttons.
   const text = (props.prompt || "").toLowerCase(), spans = props.words || [];
   const phrase = region ? region.phrase.toLowerCase() : "";
-  for (let a = 0; phrase && a < spans.length; a++)
-    for (let b = a; b < spans.length; b++) if (text.slice(spans[a][0], spans[b][1]) === phrase) return [a, b];
+  const is = (a, b) => b < spans.length && text.slice(spans[a][0], spans[b][1]) === phrase;
+  const last = region && clicked.get(region);
+  if (!phrase || (last && is(...last))) return phrase ? last : null;
+  for (let a = 0; a < spans.length; a++) for (let b = a; b < spans.length; b++) if (is(a, b)) return [a, b];
   return null;
 }
 
@@ -70,6 +73,7 @@ function tie(i) {
   const region = regions[selected], now = span(region);
   const inside = now && i >= now[0] && i <= now[1];
   const [a, b] = !now || inside ? [i, i] : [Math.min(i, now[0]), Math.max(i, now[1])];
+  clicked.set(region, [a, b]);
   region.phrase = props.prompt.slice(props.words[a][0], props.words[b][1]);
   render();
   emit();

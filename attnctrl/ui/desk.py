@@ -24,26 +24,23 @@ class Desk:
 
     def __init__(self, backend: Backend, at_once: int = 1, longest: int = 16) -> None:
         self.backend, self.line, self.outbox = backend, Line(at_once, longest), Outbox()
-        self._jobs: dict[str, list[Job]] = {}
+        self._jobs: list[tuple[str, Job]] = []
 
     def run(self, request: Request, visitor: str, picture: Image.Image | None = None) -> Iterator[Any]:
         """What `Job.events` gives, a `Result` last. Raises as it does, and ControlError before there is a job."""
         if request.task == "layout":
             self.backend.controls(request)
         job = Job(self.line, lambda watch: self.backend.run(request, watch, picture))
-        mine = self._jobs.setdefault(visitor, [])
-        mine.append(job)
+        self._jobs.append((visitor, job))
         try:
             yield from job.events()
         finally:
             job.stop()
-            mine.remove(job)
-            if not mine:
-                self._jobs.pop(visitor, None)
+            self._jobs.remove((visitor, job))
 
     def stop(self, visitor: str) -> int:
         """Stop the visitor's runs, those in line too; returns how many there were."""
-        jobs = [*self._jobs.get(visitor, ())]
+        jobs = [job for whose, job in [*self._jobs] if whose == visitor]
         for job in jobs:
             job.stop()
         return len(jobs)
@@ -68,7 +65,7 @@ class Desk:
 def sentence(error: BaseException) -> str:
     """Why a run ended without a picture, for its visitor; what nobody foresaw goes to the log too."""
     if isinstance(error, Stopped):
-        return "Stopped."
+        return "Stopped before the picture was done."
     if isinstance(error, ControlError):
         return str(error)
     _LOG.error("a run failed", exc_info=error)

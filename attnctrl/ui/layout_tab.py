@@ -34,7 +34,9 @@ def draw_layout(desk: Desk) -> None:
             chooser = draw_chooser(backend, "layout", [*begin.methods])
             with gr.Row():
                 seed = gr.Number(begin.seed, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=90)
-                steps = gr.Slider(1, STEPS, value=begin.steps, step=1, label="Steps", min_width=140)
+                steps = gr.Slider(
+                    1, STEPS, value=begin.steps, step=1, label="Steps", min_width=140, elem_id="layout-steps"
+                )
                 guidance = gr.Number(
                     backend.guidance, label="Guidance scale", info="empty: the model's own", minimum=0, maximum=100,
                     min_width=120,

@@ -177,6 +177,6 @@ def test_a_run_is_stopped_over_the_api(client: Client) -> None:
     )
     while not job.outputs():
         assert not job.done()
-    assert client.predict(api_name="/stop") == 1
-    assert "Stopped." in refusal(job.result)
+    assert client.predict(api_name="/stop") == {"stopped": 1}
+    assert "Stopped before" in refusal(job.result)
     assert serves(client)
