@@ -17,8 +17,10 @@ from attnctrl.ui.layout_tab import draw_layout
 TITLE = "attnctrl"
 CSS = """
 .method-title p { margin: 4px 8px; }
-.fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
-.fields > * { min-width: 0 !important; }
+.fields { display: block; }
+.fields > .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
+.fields > .form > * { min-width: 0 !important; }
+.picture img { width: 100%; height: 100%; object-fit: contain; }
 .status p { font-size: 1.05em; }
 .problem p { color: var(--error-text-color, #b91c1c); }
 """

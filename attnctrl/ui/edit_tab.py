@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from attnctrl.inversion import INVERSIONS
 from attnctrl.ui.canvas import backdrop, draw_canvas, scene
 from attnctrl.ui.chooser import draw_chooser
 from attnctrl.ui.desk import Desk
+from attnctrl.ui.examples import edit_example
 from attnctrl.ui.files import open_picture
 from attnctrl.ui.panel import connect_stop, draw_buttons, draw_panel, follow, plain
 from attnctrl.ui.request import STEPS, Request, read_places
@@ -25,6 +27,8 @@ def draw_edit(desk: Desk) -> None:
                 label="The picture (PNG, JPEG or WebP)", file_types=[".png", ".jpg", ".jpeg", ".webp"], height=110,
                 elem_id="edit-file",
             )  # fmt: skip
+            example = edit_example(backend.model)
+            fill = gr.Button("Example", size="sm", visible=example is not None, elem_id="edit-example")
             prompt = gr.Textbox(label="What the picture shows", lines=2, max_length=2000, elem_id="edit-prompt")
             edits = gr.Textbox(
                 label="Changes, one a line", placeholder="red circle = green star", lines=2, max_length=4000,
@@ -92,6 +96,18 @@ def draw_edit(desk: Desk) -> None:
     inputs = [given, prompt, edits, target, canvas, inversion, feather, seed, steps, guidance, *chooser.inputs]
     run.click(go, inputs, panel.outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     connect_stop(desk, stop)
+    if example is not None:
+        picture, wanted = example
+
+        def begin() -> list[Any]:
+            """The example's picture, prompt, changes and region."""
+            path = desk.outbox.put(picture, backend.model, wanted.data())
+            lines = [" = ".join(pair) for pair in wanted.edits]
+            return [path, wanted.prompt, "\n".join(lines), "", json.dumps(wanted.data()["regions"])]
+
+        fill.click(
+            begin, None, [given, prompt, edits, target, canvas], show_progress="hidden", api_visibility="private"
+        )
     given.change(show, given, [canvas, problem], show_progress="hidden", api_visibility="private")
     for event in (prompt.change, canvas.change):
         event(

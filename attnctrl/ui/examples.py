@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from PIL import Image
+
 from attnctrl.models import SHIPPED
 from attnctrl.ui.request import Place, Request
 
@@ -41,3 +44,20 @@ _ANIMALS = {
 def examples(model: str) -> dict[str, Request]:
     """Layout examples for a model, the first of which is what the page begins with."""
     return _SHAPES if model.startswith(SHIPPED) else _ANIMALS
+
+
+def edit_example(model: str) -> tuple[Image.Image, Request] | None:
+    """A picture and its edit, for models of the shapes world."""
+    if not model.startswith(SHIPPED):
+        return None
+    from attnctrl.shapes import Scene, Thing, render
+
+    scene = Scene((Thing("circle", "red", 0.3, 0.35, 0.17), Thing("square", "blue", 0.68, 0.66, 0.18)), "white")
+    pixels = render([scene])[0].permute(1, 2, 0).numpy()
+    asked = Request(
+        task="edit",
+        prompt="a red circle and a blue square on a white background",
+        edits=(("blue square", "yellow heart"),),
+        regions=(Place("blue square", (0.42, 0.38, 0.96, 0.94)),),
+    )
+    return Image.fromarray((pixels * 255).round().astype(np.uint8)), asked

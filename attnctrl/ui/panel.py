@@ -50,7 +50,7 @@ def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, m
     with gr.Row():
         pictures = [
             gr.Image(
-                label=label, format="png", interactive=False, height=360, elem_id=f"{name}-picture{i}",
+                label=label, format="png", interactive=False, height=360, elem_id=f"{name}-picture{i}", elem_classes="picture",
                 buttons=["fullscreen"],
             )
             for i, label in enumerate((first, second))
@@ -60,7 +60,7 @@ def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, m
     if maps:
         with gr.Accordion("Heat maps of the phrases", open=True):
             gallery = gr.Gallery(
-                format="png", columns=4, height=240, object_fit="contain", show_label=False, elem_id=f"{name}-maps"
+                format="png", columns=4, height="auto", object_fit="contain", show_label=False, elem_id=f"{name}-maps"
             )
     download = gr.DownloadButton("Download PNG with its parameters", interactive=False, elem_id=f"{name}-download")
     with gr.Accordion("This run as a program or a command line", open=False):
@@ -87,7 +87,8 @@ def follow(
     try:
         request, picture = asked()
         python, command = desk.snippets(request)
-        yield {panel.python: python, panel.command: command, panel.download: gr.update(interactive=False)}
+        blank = {part: None for part in (panel.first, panel.second, panel.maps) if part is not None}
+        yield {**blank, panel.python: python, panel.command: command, panel.download: gr.update(interactive=False)}
         where = ""
         for event in desk.run(request, visitor, picture):
             if isinstance(event, Waiting):

@@ -22,7 +22,7 @@ from tests.ui.parts import backend, drawn, same
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SLOW = 180_000
+SLOW = 120_000  # milliseconds
 PROMPT = "a green star and a yellow heart on a black background"
 
 
@@ -86,7 +86,7 @@ class Visit:
             path = Path(folder) / f"ui-{name}.png"
             self.page.mouse.move(0, 0)
             self.page.screenshot(path=path, full_page=True)
-            Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+            Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
     def download(self, tab: str, path: Path) -> Path:
         self.page.wait_for_selector(f"#{tab}-download:not([disabled])")
@@ -146,7 +146,9 @@ def test_a_whole_visit(visit: Visit, tmp_path: Path) -> None:
 
     page.locator("#layout-canvas [data-act=clear]").click()
     page.locator("#layout-prompt textarea").fill("a red ring")
-    page.locator("#layout-load input[type=file], input#layout-load").first.set_input_files(path)
+    with page.expect_file_chooser() as chooser:
+        page.locator("#layout-load").click()
+    chooser.value.set_files(path)
     visit.wait("layout", "Loaded.")
     page.wait_for_function("document.querySelectorAll('#layout-canvas li').length === 2")
     assert page.locator("#layout-prompt textarea").input_value() == PROMPT
@@ -207,10 +209,22 @@ def test_a_picture_is_edited_where_a_region_says(visit: Visit, tmp_path: Path) -
     page.locator("#edit-run").click()
     visit.wait("edit", "Done.")
     page.wait_for_selector("#edit-picture1 img")
-    visit.shoot("edit")
     edited = Image.open(visit.download("edit", tmp_path / "edited.png"))
     assert edited.size == stock.stock.size
     assert not same(edited, stock.stock)
+
+
+def test_the_example_of_an_edit_fills_its_tab(visit: Visit) -> None:
+    page = visit.page
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("#edit-example").click()
+    page.wait_for_function("document.querySelectorAll('#edit-canvas li').length === 1")
+    assert page.locator("#edit-edits textarea").input_value() == "blue square = yellow heart"
+    visit.steps("edit", 25)
+    page.locator("#edit-run").click()
+    visit.wait("edit", "Done.")
+    page.wait_for_selector("#edit-picture1 img")
+    visit.shoot("edit")
 
 
 def test_words_are_explained(visit: Visit) -> None:
