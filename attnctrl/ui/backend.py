@@ -27,7 +27,7 @@ from attnctrl.pipelines import EditPipeline
 from attnctrl.processors import attention_kinds, family_of
 from attnctrl.prompt import PromptTokens, find_everywhere
 from attnctrl.run import control
-from attnctrl.ui.fields import make
+from attnctrl.ui.fields import arguments, make
 from attnctrl.ui.jobs import Progress, Watch, watch_denoisers
 from attnctrl.ui.request import Place, Request
 
@@ -168,7 +168,7 @@ class Backend:
             request.prompt,
             request.target or None,
             edits=[Edit(words, other, masks.get(words.lower())) for words, other in request.edits],
-            method=dict(request.methods),
+            method={name: arguments(name, given, {}, self.files) for name, given in request.methods.items()},
             inversion=request.inversion,
             feather=request.feather,
             num_inference_steps=request.steps,

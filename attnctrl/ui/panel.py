@@ -50,8 +50,8 @@ def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, m
     with gr.Row():
         pictures = [
             gr.Image(
-                label=label, format="png", interactive=False, height=360, elem_id=f"{name}-picture{i}", elem_classes="picture",
-                buttons=["fullscreen"],
+                label=label, format="png", interactive=False, height=360, elem_id=f"{name}-picture{i}",
+                elem_classes="picture", buttons=["fullscreen"],
             )
             for i, label in enumerate((first, second))
             if label is not None

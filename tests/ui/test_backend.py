@@ -15,8 +15,9 @@ from PIL import Image
 
 import attnctrl as ac
 from attnctrl.cli import main
+from attnctrl.encoding import decode_latents
 from attnctrl.errors import ControlError
-from attnctrl.models import call_arguments
+from attnctrl.models import call_arguments, load_pipeline
 from attnctrl.ui.backend import Backend
 from attnctrl.ui.desk import Desk, sentence
 from attnctrl.ui.files import request_in
@@ -191,7 +192,7 @@ def test_an_edit_keeps_what_no_region_covers(desk: Desk, tmp_path: Path, monkeyp
         "prompt": PROMPT,
         "edits": [["red circle", "green star"]],
         "regions": [{"phrase": "red circle", "box": [0, 0, 0.5, 1]}],
-        "methods": {"prompt-to-prompt": {"self_until": 0.1}},
+        "methods": {"prompt-to-prompt": {"self_until": 0.1}, "mutual-self-attention": {"window_end": 0.5}},
         "steps": 4,
         "guidance": 3.5,
         "feather": 0,
@@ -205,7 +206,7 @@ def test_an_edit_keeps_what_no_region_covers(desk: Desk, tmp_path: Path, monkeyp
     given.save("given.png")
     exec(python(request, "shapes-sd"), {})
     assert same(Image.open("edited.png"), result.controlled)
-    free = replace(request, regions=())
+    free = replace(request, regions=(), methods={"prompt-to-prompt": {"self_until": 0.1}})
     words = shlex.split(command(free, "shapes-sd"))
     assert main([*words[1:-1], "picture.png"]) == 0
     assert same(Image.open("picture.png"), drawn(desk, free, picture=given).controlled)
@@ -232,6 +233,26 @@ def test_words_are_the_tokenizers() -> None:
     backend().check(PROMPT, REQUEST.regions)
     with pytest.raises(ControlError, match=r"its tokens are 1:a, 2:red, 3:circle"):
         backend().check("a red circle", REQUEST.regions)
+
+
+@pytest.mark.slow
+def test_joint_attention_has_its_methods_and_its_pictures_on_the_way() -> None:
+    one = Backend(load_pipeline("shapes-dit", device="cpu"), "shapes-dit")
+    request = replace(REQUEST, methods={"regional-flux": {}}, steps=2)
+    steps: list[Progress] = []
+    result = drawn(Desk(one), request, each=steps.append)
+    assert result.controlled.size == one.size == (128, 128)
+    assert not same(result.controlled, result.stock)
+    assert [s.picture.size for s in steps if s.picture is not None][:1] == [(128, 128)]
+    text, words = one.words(PROMPT)
+    assert [text[a:b] for a, b in words] == PROMPT.split()
+
+
+def test_a_decoded_picture_is_the_pipelines() -> None:
+    pipe = ac.share(backend().pipe)
+    given = {**GIVEN, "generator": torch.Generator().manual_seed(1), "output_type": "latent"}
+    latents = pipe(**call_arguments(pipe, PROMPT, 3.5, given)).images
+    assert same(decode_latents(pipe, latents)[0], stock(1))
 
 
 def test_models_of_clips_are_refused() -> None:
