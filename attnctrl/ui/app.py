@@ -18,7 +18,7 @@ TITLE = "attnctrl"
 CSS = """
 .method-title p { margin: 4px 8px; }
 .fields { display: block; }
-.fields > .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
+.fields > .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }
 .fields > .form > * { min-width: 0 !important; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 .status p { font-size: 1.05em; }
