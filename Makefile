@@ -55,18 +55,14 @@ types: .venv/installed
 unit: .venv/installed
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)
 
-# First with the web form, so that its own limits hold for the pins; then without it, so that only base and dev stay.
 constraints:
 	$(PYTHON) -m venv --clear .venv-pins
-	$(call pip,.venv-pins) install -qq -e ".[dev,ui]" torch==$(TORCH) triton==$(TRITON)
-	$(call pip,.venv-pins) freeze --all --exclude-editable > pins.tmp
-	$(PYTHON) -m venv --clear .venv-pins
-	$(call pip,.venv-pins) install -qq -c pins.tmp -e ".[dev]"
+	$(call pip,.venv-pins) install -qq -e ".[dev]" torch==$(TORCH) triton==$(TRITON)
 	{ sed -n '/^#/p' constraints.txt; \
 	  $(call pip,.venv-pins) freeze --all --exclude-editable \
 	  | sed -E '/^(cuda-|nvidia-|pip=|wheel=|#)/d; s/^torch( @ |==).*/torch==$(TORCH)/'; } > constraints.tmp
 	mv constraints.tmp constraints.txt
-	rm -rf .venv-pins pins.tmp
+	rm -rf .venv-pins
 
 clean:
 	rm -rf .venv-demo .venv-test .venv-pins *.tmp outputs build dist ./*.egg-info

@@ -19,6 +19,7 @@ COMMANDS = {
     "headhunt": ("attnctrl.commands.headhunt", "search the attention heads whose perturbation guides best"),
     "methods": ("attnctrl.commands.methods", "list the methods with their parameters"),
     "bench": ("attnctrl.bench", "measure methods, side by side, on the shapes world"),
+    "ui": ("attnctrl.commands.ui", "serve the web page"),
     "train-shapes": ("attnctrl.shapes.train", "train a shipped model anew"),
 }
 """Each command's module, with `add_arguments` and `main`, and what it does."""

@@ -1,4 +1,4 @@
-"""Given pictures as clean latents, in the form in which controls see latents."""
+"""Given pictures as clean latents, in the form in which controls see latents; and latents as pictures."""
 
 from __future__ import annotations
 
@@ -60,3 +60,22 @@ def encode_picture(pipe: Any, source: Any, height: int, width: int) -> torch.Ten
 
 def _statistics(config: Any) -> tuple[list[float], list[float]]:
     return config.latents_mean, config.latents_std
+
+
+def decode_latents(pipe: Any, latents: torch.Tensor) -> Any:
+    """The reverse of `encode_picture`: PIL pictures of latents (pictures, channels, rows, columns).
+
+    Raises ControlError for autoencoders whose scaling we do not know.
+    """
+    vae = pipe.vae
+    config, latents = vae.config, latents.to(vae.device, vae.dtype)
+    with torch.no_grad():
+        if "latents_mean" in config and config.latents_mean is not None:
+            mean, std = (torch.tensor(v, device=vae.device)[:, None, None] for v in _statistics(config))
+            pixels = vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
+        elif "scaling_factor" in config:
+            scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            pixels = vae.decode(scaled, return_dict=False)[0]
+        else:
+            raise ControlError(f"how {type(vae).__name__} scales its latents is not known.")
+    return pipe.image_processor.postprocess(pixels, output_type="pil")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -72,7 +72,7 @@ class EditPipeline:
         *,
         edits: Sequence[Edit] = (),
         layers: Sequence[Layer] = (),
-        method: str | Control | Sequence[str | Control] = "prompt-to-prompt",
+        method: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]] = "prompt-to-prompt",
         inversion: str = "direct",
         mask: Any = None,
         composite: bool = True,
@@ -90,12 +90,12 @@ class EditPipeline:
         padded. source_prompt: what the picture shows. target_prompt: what the edited one shows, or `edits` of words
         of the source prompt, from which it is made. layers: objects that are moved, resized, flipped or removed, for
         methods that take them; the prompt stays unless another is given. method: a name from the registry, a control,
-        several of them, or "none" for the edited prompt alone. inversion: a name of `attnctrl.inversion.INVERSIONS`.
-        mask: where the picture may change (by default the union of the edits' masks, if each has one, or the holes
-        of the layers and their new places); outside it the latents are the source's and, with `composite`, the pixels
-        are the given ones, byte for byte beyond `feather` pixels. guidance: a scale under whatever name the base
-        pipeline has for it. seed: of the first picture's noise. kwargs: arguments of the base pipeline, and parameters
-        of the method.
+        several of them, names with the parameters of each, or "none" for the edited prompt alone. inversion: a name of
+        `attnctrl.inversion.INVERSIONS`. mask: where the picture may change (by default the union of the edits' masks,
+        if each has one, or the holes of the layers and their new places); outside it the latents are the source's and,
+        with `composite`, the pixels are the given ones, byte for byte beyond `feather` pixels. guidance: a scale under
+        whatever name the base pipeline has for it. seed: of the first picture's noise. kwargs: arguments of the base
+        pipeline, and parameters of the method.
         Raises ControlError for unknown names, words that are not in the source prompt, and bad pictures and masks.
         """
         if target_prompt is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class LayoutPipeline:
         self,
         prompt: str | list[str],
         regions: Regions,
-        method: str | Control | Sequence[str | Control] = "loco",
+        method: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]] = "loco",
         *,
         guidance: float | None = None,
         record: bool | Sequence[str] = True,
@@ -72,8 +72,9 @@ class LayoutPipeline:
         """Draw `prompt` with each region's phrase in its place.
 
         regions: one list for all prompts, or one per prompt. method: a name from the registry, a control, several of
-        them, or "none" for the stock picture. guidance: a scale under whatever name the base pipeline has for it, see
-        `attnctrl.models.call_arguments`. kwargs: arguments of the base pipeline, and parameters of the method.
+        them, names with the parameters of each, or "none" for the stock picture. guidance: a scale under
+        whatever name the base pipeline has for it, see `attnctrl.models.call_arguments`. kwargs: arguments of the base
+        pipeline, and parameters of the method.
         Raises ControlError for unknown methods or parameters and for bad regions.
         """
         accepted = inspect.signature(type(self.pipe).__call__).parameters

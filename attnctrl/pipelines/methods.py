@@ -15,13 +15,14 @@ ANY_TASK = "guidance"
 
 
 def make_controls(
-    methods: str | Control | Sequence[str | Control],
+    methods: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]],
     task: str | tuple[str, ...],
     subject: Mapping[str, Any],
     overrides: Mapping[str, Any],
 ) -> list[Control]:
     """The controls that `methods` names, each with its share of `overrides`.
 
+    methods: names, controls, or names with the parameters of each, which win.
     task: what the methods must be for, or several such; those of guidance always fit. subject: what the task is about,
     by the name of the field that takes it; a method without such a field does not need it. With several methods a
     parameter must belong to exactly one of them.
@@ -48,6 +49,7 @@ def make_controls(
         elif item != "none":
             chosen = _of_task(item, task)
             own = {k: v for k, v in overrides.items() if k in known[chosen.name]}
+            own |= methods[item] if isinstance(methods, Mapping) else {}
             made.append(chosen.make(**{k: v for k, v in subject.items() if k in chosen.settings}, **own))
     return made
 

@@ -45,6 +45,11 @@ def test_none_is_the_stock_picture() -> None:
         ),
         (ac.RegionPrompts(REGIONS), {}, (ac.RegionPrompts(REGIONS),)),
         (["loco", "region-mask"], {"boost": 1.0}, (ac.LoCo(REGIONS), ac.RegionMask(REGIONS, boost=1.0))),
+        (
+            {"loco": {"scale": 3.0}, "region-mask": {"boost": 1.0}},
+            {"boost": 2.0},
+            (ac.LoCo(REGIONS, scale=3.0), ac.RegionMask(REGIONS, boost=1.0)),
+        ),
         (["none", ac.RegionMask(REGIONS)], {}, (ac.RegionMask(REGIONS),)),
     ],
 )

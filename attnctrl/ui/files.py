@@ -1,0 +1,88 @@
+"""Pictures from and for visitors: opened within limits, and written with the request that made them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections import deque
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from attnctrl.errors import ControlError
+
+MEGABYTES, PIXELS = 16, 4096 * 4096
+"""The largest file and picture that are opened."""
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+KEY = "attnctrl"
+
+
+def open_picture(path: Any) -> Image.Image:
+    """A visitor's picture, decoded. Raises ControlError for other files, for large ones and for broken ones."""
+    picture = _open(path, FORMATS)
+    try:
+        picture.load()
+    except Exception as error:  # decoders raise whatever they like
+        raise ControlError(f"the picture cannot be decoded: {error}") from None
+    return picture
+
+
+def _open(path: Any, formats: tuple[str, ...]) -> Image.Image:
+    if not path:
+        raise ControlError("there is no picture: upload one.")
+    file = Path(str(path))
+    if not file.is_file():
+        raise ControlError("there is no such picture: upload one.")
+    if file.stat().st_size > MEGABYTES * 2**20:
+        raise ControlError(f"the file has more than {MEGABYTES} MB.")
+    try:
+        # Nothing is decoded yet; PIL itself refuses sizes beyond its own limit here.
+        picture = Image.open(file, formats=formats)
+    except Exception:
+        raise ControlError(f"the file is no picture that can be read: give one of {', '.join(FORMATS)}.") from None
+    if picture.width * picture.height > PIXELS:
+        raise ControlError(
+            f"the picture is {picture.width}x{picture.height} pixels: give one of at most {PIXELS // 10**6} million."
+        )
+    return picture
+
+
+def request_in(path: Any) -> dict[str, Any]:
+    """The request that made a picture, with the model's name as "model". Raises ControlError where there is none."""
+    text = _open(path, ("PNG",)).info.get(KEY)
+    if not isinstance(text, str):
+        raise ControlError("the picture holds no parameters: give a PNG that this page made.")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("request"), dict):
+        raise ControlError("the parameters in the picture cannot be read.")
+    return {**found["request"], "model": str(found.get("model", ""))}
+
+
+class Outbox:
+    """A folder of pictures for download, its own until the process ends; the oldest go when there are many."""
+
+    def __init__(self, most: int = 64) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="attnctrl-ui-")
+        self._names: deque[Path] = deque()
+        self._most, self._count, self._lock = most, 0, threading.Lock()
+
+    def put(self, picture: Image.Image, model: str, request: dict[str, Any]) -> str:
+        """Write the picture as PNG with its request; returns the path."""
+        about = PngImagePlugin.PngInfo()
+        about.add_text(KEY, json.dumps({"attnctrl": version("attnctrl"), "model": model, "request": request}))
+        with self._lock:
+            self._count += 1
+            path = Path(self.folder.name) / f"attnctrl-{request['task']}-{self._count}.png"
+            self._names.append(path)
+            old = self._names.popleft() if len(self._names) > self._most else None
+        picture.save(path, pnginfo=about)
+        if old is not None:
+            old.unlink(missing_ok=True)
+        return str(path)

@@ -1,0 +1,209 @@
+"""What a page asks for, as data: checked when it comes in, written into the picture that comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from attnctrl.controls import method
+from attnctrl.errors import ControlError
+from attnctrl.regions import Region
+from attnctrl.ui.fields import parameters
+
+TASKS = {
+    "layout": ("layout", "fidelity", "guidance", "sparse"),
+    "edit": ("editing", "guidance"),
+    "explain": (),
+}
+"""The tabs, and the tasks of the methods that each offers."""
+
+PROMPT, PHRASE, REGIONS, POINTS, STEPS, SIDE = 2000, 200, 32, 512, 200, 2048
+"""Most characters of a prompt and of a phrase, regions, points of a polygon, steps, pixels of a side."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A drawn region: a box (x0, y0, x1, y1) or a polygon of (x, y), fractions of the picture, and its phrase."""
+
+    phrase: str
+    box: tuple[float, ...] | None = None
+    polygon: tuple[tuple[float, ...], ...] | None = None
+
+    def region(self) -> Region:
+        """Raises ControlError for shapes that cannot be."""
+        box: Any = self.box
+        return Region(self.phrase, box=box, polygon=self.polygon)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of the page.
+
+    task: a tab of `TASKS`. prompt: of an edit, what the given picture shows. methods: of each method, in order, what
+    differs from its defaults. phrases: for methods without regions, and for maps. guidance: a scale under whatever
+    name the model has for it, None for the model's default. target or edits, of (words, other words): of an edit.
+    """
+
+    task: str = "layout"
+    prompt: str = ""
+    regions: tuple[Place, ...] = ()
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    phrases: tuple[str, ...] = ()
+    seed: int = 0
+    steps: int = 25
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    target: str = ""
+    edits: tuple[tuple[str, str], ...] = ()
+    inversion: str = "direct"
+    feather: int = 4
+
+    @classmethod
+    def read(cls, given: Any) -> Request:
+        """A request from JSON data of any origin. Raises ControlError, naming what is wrong."""
+        if isinstance(given, str):
+            try:
+                given = json.loads(given[:1_000_000])
+            except (ValueError, RecursionError):
+                raise ControlError("the request is no JSON.") from None
+        if not isinstance(given, Mapping):
+            raise ControlError(f"the request is {given!r:.60}: give names with values.")
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ControlError(f'a request has no "{str(name)[:60]}": it has {", ".join(known)}.')
+        task = given.get("task", "layout")
+        if not isinstance(task, str) or task not in TASKS:
+            raise ControlError(f"task is {task!r:.60}: choose one of {', '.join(TASKS)}.")
+        inversion = _text(given, "inversion", 40) or "direct"
+        return cls(
+            task=task,
+            prompt=_prompt(given),
+            regions=read_places(given.get("regions", ())),
+            methods=_methods(given.get("methods", {}), task),
+            phrases=tuple(_phrase(p) for p in _list(given.get("phrases", ()), "phrases", 64)),
+            seed=_whole(given, "seed", 0, 0, 2**53 - 1),
+            steps=_whole(given, "steps", 25, 1, STEPS),
+            guidance=None if given.get("guidance") is None else _number(given, "guidance", 0.0, 0.0, 100.0),
+            height=_side(given, "height"),
+            width=_side(given, "width"),
+            target=_text(given, "target", PROMPT),
+            edits=tuple(_edit(e) for e in _list(given.get("edits", ()), "edits", 16)),
+            inversion=inversion,
+            feather=_whole(given, "feather", 4, 0, 256),
+        )
+
+    def data(self) -> dict[str, Any]:
+        """As JSON data, without what is at its default: `read` of it gives the same request."""
+        plain = json.loads(json.dumps(asdict(self)))
+        usual = json.loads(json.dumps(asdict(Request())))
+        places = [{k: v for k, v in place.items() if v is not None} for place in plain["regions"]]
+        kept = {k: v for k, v in (plain | {"regions": places}).items() if v != usual[k]}
+        return {"task": self.task, **kept}
+
+
+def read_places(given: Any) -> tuple[Place, ...]:
+    """Drawn regions from JSON data, or from its text. Raises ControlError for anything else."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given[:1_000_000] or "[]")
+        except (ValueError, RecursionError):
+            raise ControlError("the regions are no JSON.") from None
+    return tuple(_place(one, i + 1) for i, one in enumerate(_list(given, "regions", REGIONS)))
+
+
+def _place(given: Any, number: int) -> Place:
+    if not isinstance(given, Mapping) or set(given) - {"phrase", "box", "polygon"}:
+        raise ControlError(f"region {number} is {given!r:.60}: give a phrase, and a box or a polygon.")
+    phrase = given.get("phrase", "")
+    if not isinstance(phrase, str) or not phrase.strip():
+        raise ControlError(f"region {number} has no phrase: click the words of the prompt that belong there.")
+    box, polygon = given.get("box"), given.get("polygon")
+    if (box is None) == (polygon is None):
+        raise ControlError(f'region {number} ("{phrase[:60]}") needs either a box or a polygon.')
+    points = None if polygon is None else tuple(_numbers(p, number) for p in _list(polygon, "a polygon", POINTS))
+    place = Place(_phrase(phrase), None if box is None else _numbers(box, number), points)
+    place.region()
+    return place
+
+
+def _numbers(given: Any, number: int) -> tuple[float, ...]:
+    values = _list(given, f"the shape of region {number}", 4)
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        raise ControlError(f"region {number}: {given!r:.60} are no numbers: give fractions of the picture, 0 to 1.")
+    return tuple(float(v) for v in values)
+
+
+def _list(given: Any, name: str, most: int) -> list[Any]:
+    if not isinstance(given, list | tuple):
+        raise ControlError(f"{name}: found {given!r:.60}, give a list.")
+    if len(given) > most:
+        raise ControlError(f"{name}: found {len(given)}, give at most {most}.")
+    return [*given]
+
+
+def _prompt(given: Mapping[str, Any]) -> str:
+    prompt = _text(given, "prompt", PROMPT)
+    if not prompt.strip():
+        raise ControlError("there is no prompt: say what the picture shows.")
+    return prompt
+
+
+def _text(given: Mapping[str, Any], name: str, most: int) -> str:
+    text = given.get(name, "")
+    if not isinstance(text, str):
+        raise ControlError(f"{name} is {text!r:.60}: give a text.")
+    if len(text) > most:
+        raise ControlError(f"{name} has {len(text)} characters: give at most {most}.")
+    return text
+
+
+def _phrase(given: Any) -> str:
+    if not isinstance(given, str) or not given.strip() or len(given) > PHRASE:
+        raise ControlError(f"the phrase {given!r:.60} is none: give 1 to {PHRASE} characters.")
+    return given.strip()
+
+
+def _edit(given: Any) -> tuple[str, str]:
+    pair = _list(given, "an edit", 2)
+    if len(pair) != 2 or not all(isinstance(text, str) and len(text) <= PHRASE for text in pair) or not pair[0].strip():
+        raise ControlError(f"the edit {given!r:.60} is none: give words of the prompt and other words.")
+    return pair[0].strip(), pair[1].strip()
+
+
+def _number(given: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = given.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ControlError(f"{name} is {value!r:.60}: give a number from {low:g} to {high:g}.")
+    return float(value)
+
+
+def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    value = given.get(name, default)
+    real = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not real or not low <= value <= high:
+        raise ControlError(f"{name} is {value!r:.60}: give a whole number from {low} to {high}.")
+    return int(value)
+
+
+def _side(given: Mapping[str, Any], name: str) -> int | None:
+    if given.get(name) is None:
+        return None
+    side = _whole(given, name, 0, 64, SIDE)
+    if side % 8:
+        raise ControlError(f"{name} is {side} pixels: give a multiple of 8.")
+    return side
+
+
+def _methods(given: Any, task: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(given, Mapping):
+        raise ControlError(f"methods is {given!r:.60}: give each method's name with its parameters.")
+    for name in given:
+        found = method(str(name)[:60])
+        if found.task not in TASKS[task]:
+            raise ControlError(f'method "{name}" belongs to {found.task}, which is not for {task}.')
+    return {name: parameters(name, params) for name, params in given.items()}

@@ -1,0 +1,143 @@
+"""A request as a program and as a command line that draw the same picture."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnctrl.control import Window
+from attnctrl.controls import method
+from attnctrl.errors import ControlError
+from attnctrl.pipelines.methods import ANY_TASK
+from attnctrl.ui.backend import subject_of
+from attnctrl.ui.fields import arguments
+from attnctrl.ui.request import Place, Request
+
+COMMANDS = {"layout": "layout", "edit": "editing"}
+"""The tabs that have a command, and the task of its methods."""
+
+
+class _Name(str):
+    """Text that stands in a program as it is."""
+
+    __repr__ = str.__str__
+
+
+def python(request: Request, model: str, files: Mapping[str, Path] | None = None) -> str:
+    """A program that draws the request's picture. Raises ControlError for requests that cannot be drawn."""
+    if request.task == "edit":
+        return _edit(request, model, files or {})
+    lines = ["import torch", "", "import attnctrl as ac", "from attnctrl.models import call_arguments, load_pipeline"]
+    lines += ["", f"pipe = load_pipeline({model!r})"]
+    lines += _assigned("regions", [_region(p) for p in request.regions]) if request.regions else []
+    lines.append(f"prompt = {request.prompt!r}")
+    sizes = "".join(f', "{n}": {v}' for n, v in (("height", request.height), ("width", request.width)) if v)
+    seed = f'"generator": torch.Generator().manual_seed({request.seed})'
+    lines.append(f'given = {{"num_inference_steps": {request.steps}, {seed}{sizes}}}')
+    call = f"picture = pipe(**call_arguments(pipe, prompt, {request.guidance!r}, given)).images[0]"
+    if request.task == "explain":
+        lines += [f"with ac.control(pipe, record={list(request.phrases)!r}) as run:", f"    {call}"]
+        lines += ["for number, phrase in enumerate(run.maps.phrases):"]
+        lines += ['    run.maps.overlay(picture, phrase).save(f"map-{number}.png")']
+    elif request.methods:
+        made = []
+        for name, given in request.methods.items():
+            subject = subject_of(name, request, _Name("regions"))
+            made.append(_call(f"ac.{method(name).control.__name__}", arguments(name, given, subject, files or {})))
+        record = f"    record={list(request.phrases)!r}," if request.phrases else None
+        lines += ["with ac.control(", "    pipe,", *(f"    {one}," for one in made), *([record] if record else [])]
+        lines += [") as run:", f"    {call}", "print(run.report)"]
+    else:
+        lines.append(call)
+    return "\n".join([*lines, 'picture.save("picture.png")', ""])
+
+
+def _edit(request: Request, model: str, files: Mapping[str, Path]) -> str:
+    lines = ["from PIL import Image", "", "import attnctrl as ac", "from attnctrl.pipelines import EditPipeline", ""]
+    lines += [f"edit = EditPipeline.from_pretrained({model!r})", 'picture = Image.open("given.png")']
+    masks = {}
+    for number, place in enumerate(request.regions):
+        raster = 'raster(picture.height, picture.width, "nearest").numpy()'
+        masks[place.phrase.lower()] = f"mask{number}"
+        lines.append(f"mask{number} = {_region(place)}.{raster}")
+    edits = []
+    for words, other in request.edits:
+        mask = masks.get(words.lower())
+        edits.append(_Name(f"ac.Edit({words!r}, {other!r}{', ' + mask if mask else ''})"))
+    methods = {name: arguments(name, given, {}, files) for name, given in request.methods.items()}
+    lines += ["result = edit(", "    picture,", f"    {request.prompt!r},"]
+    lines += [f"    {request.target!r},"] if request.target else []
+    lines += [f"    edits={edits!r},"] if edits else []
+    lines += [f"    method={ {n: {k: _shown(v) for k, v in g.items()} for n, g in methods.items()}!r},"]
+    lines += [f"    inversion={request.inversion!r},", f"    feather={request.feather},"]
+    lines += [f"    num_inference_steps={request.steps},", f"    guidance={request.guidance!r},"]
+    return "\n".join([*lines, f"    seed={request.seed},", ")", 'result.images[0].save("edited.png")', ""])
+
+
+def command(request: Request, model: str, files: Mapping[str, Path] | None = None) -> str:
+    """The same as a command line. Raises ControlError, saying why, for requests that no command takes."""
+    if request.task not in COMMANDS:
+        raise ControlError("the command line has no command for maps: use the Python form.")
+    _check_expressible(request)
+    parts = ["attnctrl", request.task]
+    if request.task == "layout":
+        parts += ["--prompt", request.prompt]
+        for place in request.regions:
+            parts += ["--region", f"{place.phrase}@{','.join(map(repr, place.box or ()))}"]
+        for name, side in (("--height", request.height), ("--width", request.width)):
+            parts += [name, str(side)] if side else []
+    else:
+        parts += ["--image", "given.png", "--source", request.prompt]
+        parts += ["--target", request.target] if request.target else []
+        for words, other in request.edits:
+            parts += ["--edit", f"{words}={other}"]
+        parts += ["--inversion", request.inversion, "--feather", str(request.feather)]
+    parts += ["--method", "+".join(request.methods) or "none", "--model", model]
+    for name, given in request.methods.items():
+        for parameter, value in arguments(name, given, {}, files or {}).items():
+            parts += ["--set", f"{parameter}={value!r}"]
+    parts += ["--seed", str(request.seed), "--steps", str(request.steps)]
+    parts += ["--guidance", f"{request.guidance:g}"] if request.guidance is not None else []
+    return shlex.join([*parts, "--out", "picture.png"])
+
+
+def _check_expressible(request: Request) -> None:
+    """Raise ControlError for what the options of the commands cannot say."""
+    task = COMMANDS[request.task]
+    if request.task == "layout" and not request.regions:
+        raise ControlError("attnctrl layout needs a region: use the Python form.")
+    if request.phrases:
+        raise ControlError("the command line cannot name phrases: use the Python form.")
+    if request.task == "edit" and request.regions:
+        raise ControlError("the command line takes masks from files only: use the Python form.")
+    for place in request.regions:
+        if place.box is None:
+            raise ControlError("the command line takes boxes and mask files only: use the Python form for outlines.")
+    for name, given in request.methods.items():
+        if method(name).task not in (task, ANY_TASK):
+            raise ControlError(f"attnctrl {request.task} has no {method(name).task} methods: use the Python form.")
+        for parameter in given:
+            if parameter.startswith("window_"):
+                raise ControlError("the command line cannot set a method's window: use the Python form.")
+            for other in request.methods:
+                if other != name and parameter in method(other).settings:
+                    raise ControlError(f'"{parameter}" belongs to {name} and {other}: use the Python form.')
+
+
+def _region(place: Place) -> _Name:
+    shape = f"box={place.box!r}" if place.box is not None else f"polygon={place.polygon!r}"
+    return _Name(f"ac.Region({place.phrase!r}, {shape})")
+
+
+def _assigned(name: str, values: list[_Name]) -> list[str]:
+    return [f"{name} = [", *(f"    {value}," for value in values), "]"]
+
+
+def _call(function: str, given: Mapping[str, Any]) -> str:
+    return f"{function}({', '.join(f'{name}={_shown(value)!r}' for name, value in given.items())})"
+
+
+def _shown(value: Any) -> Any:
+    return _Name(f"ac.Window({value.start!r}, {value.end!r})") if isinstance(value, Window) else value
