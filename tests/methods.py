@@ -95,7 +95,8 @@ def subject(method: Method) -> tuple[Any, ...]:
     """What the method is about, as arguments: the regions, or the phrases of the regions, or nothing."""
     about = {"regions": REGIONS, "phrases": tuple(region.phrase for region in REGIONS)}
     about["edits"] = tuple(Edit(phrase, "red") for phrase in about["phrases"])
-    return tuple(about[name] for name in about if name in method.settings)[:1]
+    fields = method.control.__dataclass_fields__
+    return tuple(about[name] for name in about if name in fields and not fields[name].kw_only)[:1]
 
 
 def busy(name: str, about: Any = None, **params: Any) -> ac.Control:

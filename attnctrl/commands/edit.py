@@ -8,12 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from attnctrl.commands.settings import parse_settings
+from attnctrl.commands.settings import guidance_of, parse_settings
 from attnctrl.controls import REGISTRY
 from attnctrl.edits import Edit
 from attnctrl.errors import ControlError
 from attnctrl.inversion import INVERSIONS
-from attnctrl.models import SHIPPED
 from attnctrl.pictures import sheet
 from attnctrl.pipelines import EditPipeline
 
@@ -62,7 +61,6 @@ def main(args: argparse.Namespace) -> int:
     edits, whole = parse_edits(args.edit, args.mask)
     source = Image.open(args.image)
     pipeline = EditPipeline.from_pretrained(args.model, device=args.device)
-    shipped = args.guidance is None and args.model.startswith(SHIPPED)
     options: dict[str, Any] = parse_settings(args.set, "--set") | parse_settings(args.call, "--call")
     result = pipeline(
         source,
@@ -73,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
         method=args.method.split("+"),
         inversion=args.inversion,
         num_inference_steps=args.steps,
-        guidance=3.5 if shipped else args.guidance,
+        guidance=guidance_of(args),
         seed=args.seed,
         feather=args.feather,
         **options,

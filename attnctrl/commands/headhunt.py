@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from attnctrl.commands.settings import parse_settings
+from attnctrl.commands.settings import guidance_of, parse_settings
 from attnctrl.errors import ControlError
 from attnctrl.headhunt import OBJECTIVES, Query, candidates, hunt, objective_of, scorer
 from attnctrl.headset import Head, HeadSet
-from attnctrl.models import SHIPPED, load_pipeline
+from attnctrl.models import load_pipeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +60,7 @@ def main(args: argparse.Namespace) -> int:
     objective, params = objective_of(args.objective), parse_settings(args.set, "--set")
     pipe = load_pipeline(args.model, device=args.device)
     pipe.set_progress_bar_config(disable=True)
-    shipped = args.guidance is None and args.model.startswith(SHIPPED)
-    call: dict[str, Any] = {"guidance": 3.5 if shipped else args.guidance, "num_inference_steps": args.steps}
+    call: dict[str, Any] = {"guidance": guidance_of(args), "num_inference_steps": args.steps}
     call |= parse_settings(args.call, "--call")
     score = scorer(pipe, queries(args), objective, params, call, args.batch)
     heads, start = candidates(pipe, args.layer), time.monotonic()

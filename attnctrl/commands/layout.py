@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from attnctrl.commands.settings import parse_settings
+from attnctrl.commands.settings import guidance_of, parse_settings
 from attnctrl.control import Control
 from attnctrl.errors import ControlError
-from attnctrl.models import SHIPPED, call_arguments
+from attnctrl.models import call_arguments
 from attnctrl.pictures import sheet, with_regions
 from attnctrl.pipelines import LayoutPipeline
 from attnctrl.pipelines.layout import LayoutResult
@@ -78,10 +78,9 @@ class Drawing:
         controls = make_controls(chosen, "layout", {"regions": regions}, parse_settings(args.set, "--set"))
         call = parse_settings(args.call, "--call")
         layout = LayoutPipeline.from_pretrained(args.model, device=args.device)
-        guidance = 3.5 if args.guidance is None and args.model.startswith(SHIPPED) else args.guidance
         options: dict[str, Any] = {"num_inference_steps": args.steps}
         options |= {k: v for k, v in (("height", args.height), ("width", args.width)) if v}
-        arguments = call_arguments(layout.pipe, args.prompt, guidance, options | call)
+        arguments = call_arguments(layout.pipe, args.prompt, guidance_of(args), options | call)
         return cls(layout, regions, controls, arguments, args.seed)
 
     def draw(self, controls: Sequence[Control], record: bool | Sequence[str] = True) -> LayoutResult:

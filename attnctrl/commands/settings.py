@@ -1,12 +1,16 @@
-"""What users write as name=value."""
+"""What several commands read alike: name=value, and the guidance scale."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 from collections.abc import Sequence
 from typing import Any
 
 from attnctrl.errors import ControlError
+from attnctrl.models import SHIPPED
+
+SHAPES_GUIDANCE = 3.5
 
 
 def parse_settings(texts: Sequence[str], option: str) -> dict[str, Any]:
@@ -21,3 +25,9 @@ def parse_settings(texts: Sequence[str], option: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             settings[name] = value
     return settings
+
+
+def guidance_of(args: argparse.Namespace) -> float | None:
+    """The scale that --guidance asks for; without it that of the shapes models, and None, their own, for others."""
+    shipped = args.guidance is None and args.model.startswith(SHIPPED)
+    return SHAPES_GUIDANCE if shipped else args.guidance

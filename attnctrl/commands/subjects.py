@@ -8,10 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from attnctrl.commands.settings import parse_settings
+from attnctrl.commands.settings import guidance_of, parse_settings
 from attnctrl.controls import REGISTRY
 from attnctrl.errors import ControlError
-from attnctrl.models import SHIPPED
 from attnctrl.pictures import sheet
 from attnctrl.pipelines.subjects import NOISES, SubjectsPipeline
 from attnctrl.references import Subject
@@ -57,14 +56,13 @@ def main(args: argparse.Namespace) -> int:
     subjects = parse_subjects(args.subject, args.mask)
     options: dict[str, Any] = parse_settings(args.set, "--set") | parse_settings(args.call, "--call")
     pipeline = SubjectsPipeline.from_pretrained(args.model, device=args.device)
-    shipped = args.guidance is None and args.model.startswith(SHIPPED)
     result = pipeline(
         args.prompt,
         subjects,
         method=args.method.split("+"),
         reference_noise=args.noise,
         num_inference_steps=args.steps,
-        guidance=3.5 if shipped else args.guidance,
+        guidance=guidance_of(args),
         seed=args.seed,
         **options,
     )

@@ -60,26 +60,29 @@ def export(out: Path, path: Path) -> int:
 def export_transformer(out: Path, path: Path) -> int:
     """Write the transformer as it stands in `out`, with its scheduler and the pipeline's index; returns the step."""
     transformer = models.transformer()
-    saved = torch.load(out / "transformer.pt", map_location="cpu", weights_only=True)
-    average = Average({"transformer": transformer}, 0.0)
-    average.load_state_dict(saved["state"]["average"])
-    average.copy_to({"transformer": transformer})
+    step = _take_average(transformer, "transformer", out / "transformer.pt")
     transformer.to(torch.float16).save_pretrained(path / "transformer", safe_serialization=True)
     models.flow_scheduler().save_pretrained(path / "scheduler")
     assemble(transformer, models.flow_scheduler()).save_config(path)
-    return saved["step"]
+    return step
 
 
 def export_instruct(out: Path, path: Path) -> int:
     """Write the denoiser of 8 channels as it stands in `out`, with scheduler and pipeline index; returns the step."""
     unet = models.denoiser(in_channels=2 * models.LATENT_CHANNELS)
-    saved = torch.load(out / "instruct.pt", map_location="cpu", weights_only=True)
-    average = Average({"unet": unet}, 0.0)
-    average.load_state_dict(saved["state"]["average"])
-    average.copy_to({"unet": unet})
+    step = _take_average(unet, "unet", out / "instruct.pt")
     unet.to(torch.float16).save_pretrained(path / "unet", safe_serialization=True)
     models.scheduler().save_pretrained(path / "scheduler")
     assemble_instruct(unet, models.scheduler()).save_config(path)
+    return step
+
+
+def _take_average(model: torch.nn.Module, name: str, checkpoint: Path) -> int:
+    """Give a model the averaged weights that a checkpoint holds under a name; returns the step."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    average = Average({name: model}, 0.0)
+    average.load_state_dict(saved["state"]["average"])
+    average.copy_to({name: model})
     return saved["step"]
 
 
