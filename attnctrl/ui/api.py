@@ -10,8 +10,8 @@ import gradio as gr
 
 from attnctrl.controls import REGISTRY
 from attnctrl.errors import ControlError
+from attnctrl.fields import entries
 from attnctrl.ui.desk import Desk, sentence
-from attnctrl.ui.fields import entries
 from attnctrl.ui.files import open_picture
 from attnctrl.ui.jobs import Progress, Waiting
 from attnctrl.ui.request import Request

@@ -19,6 +19,7 @@ from attnctrl.controls import method
 from attnctrl.edits import Edit
 from attnctrl.encoding import decode_latents
 from attnctrl.errors import ControlError
+from attnctrl.fields import arguments, make
 from attnctrl.install import share
 from attnctrl.maps import Maps
 from attnctrl.models import SHIPPED, call_arguments
@@ -27,7 +28,6 @@ from attnctrl.pipelines import EditPipeline
 from attnctrl.processors import attention_kinds, family_of
 from attnctrl.prompt import PromptTokens, find_everywhere
 from attnctrl.run import control
-from attnctrl.ui.fields import arguments, make
 from attnctrl.ui.jobs import Progress, Watch, watch_denoisers
 from attnctrl.ui.request import Place, Request
 

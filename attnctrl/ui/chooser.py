@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
+from attnctrl.fields import of_tasks
 from attnctrl.ui.backend import Backend
-from attnctrl.ui.fields import of_tasks
 from attnctrl.ui.forms import Form, draw_form
 from attnctrl.ui.request import TASKS
 

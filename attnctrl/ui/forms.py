@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from attnctrl.controls import Method
-from attnctrl.ui.fields import Entry, entries, paper_link
+from attnctrl.fields import Entry, entries, paper_link
 
 SLIDER, STEP = 20, 0.01
 """Ranges up to this wide are sliders, of this step."""

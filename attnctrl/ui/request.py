@@ -10,8 +10,8 @@ from typing import Any
 
 from attnctrl.controls import method
 from attnctrl.errors import ControlError
+from attnctrl.fields import parameters
 from attnctrl.regions import Region
-from attnctrl.ui.fields import parameters
 
 TASKS = {
     "layout": ("layout", "fidelity", "guidance", "sparse"),

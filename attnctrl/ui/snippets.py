@@ -10,9 +10,9 @@ from typing import Any
 from attnctrl.control import Window
 from attnctrl.controls import method
 from attnctrl.errors import ControlError
+from attnctrl.fields import arguments
 from attnctrl.pipelines.methods import ANY_TASK
 from attnctrl.ui.backend import subject_of
-from attnctrl.ui.fields import arguments
 from attnctrl.ui.request import Place, Request
 
 COMMANDS = {"layout": "layout", "edit": "editing"}

@@ -154,7 +154,9 @@ class Lime(Control):
     where: Where = field(default=Where(kinds=("cross", "self")), kw_only=True)
     window: Window = field(default=Window(0.0, 0.9), kw_only=True)
     branches: tuple[str, ...] = field(default=("cond", "image", "uncond"), kw_only=True)
-    words: Sequence[str] = ()
+    words: Sequence[str] = field(
+        default=(), metadata={"help": "words of the instruction that say where; none: all but stop words and verbs"}
+    )
     region: Any = field(default=None, compare=False)
     clusters: int = param(8, "k-means clusters of features", 2, 256)
     top: int = param(1, "latent pixels that choose clusters", 1, 100000)

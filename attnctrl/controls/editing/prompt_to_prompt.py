@@ -72,8 +72,10 @@ class PromptToPrompt(Control):
     cross_until: float = param(0.8, "part of the run with the source's cross-attention", 0, 1)
     self_until: float = param(0.4, "part of the run with the source's self-attention", 0, 1)
     self_share: float = param(0.25, "largest grid for that, as a share of the latents' tokens", 0, 1)
-    reweight: Mapping[str, float] = field(default_factory=dict, kw_only=True)
-    blend: Sequence[str] = field(default=(), kw_only=True)
+    reweight: Mapping[str, float] = field(
+        default_factory=dict, kw_only=True, metadata={"help": "factors for the attention to words of the edited prompt"}
+    )
+    blend: Sequence[str] = param((), "words outside whose maps the source is kept")
     threshold: float = param(0.3, "of the blend's map, relative to its largest value", 0, 1)
     blend_from: float = param(0.2, "part of the run before the blend begins", 0, 1)
 

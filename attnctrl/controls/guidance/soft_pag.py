@@ -74,7 +74,9 @@ class SoftPAG(Control):
     paper: ClassVar[str] = "arXiv 2506.10978"
     fixes: ClassVar[str] = "broken structure and malformed objects; without a prompt too"
 
-    heads: str | Path | Sequence[str | Head] | None = None
+    heads: str | Path | Sequence[str | Head] | None = field(
+        default=None, metadata={"help": "layers, or layer:head; the file of attnctrl headhunt"}
+    )
     scale: float = param(3.0, "weight of the difference that is added", 0, 100)
     strength: float = param(1.0, "u: 0 is the stock attention, 1 the identity", 0, 1)
     where: Where = field(default=Where(kinds=OWN), kw_only=True)

@@ -48,8 +48,8 @@ class NeighborhoodTiles(Control):
     fixes: ClassVar[str] = "slow generation of videos and large pictures"
 
     density: float = param(0.2, "share of the latents that a query sees, where no extent is given", 0.001, 1)
-    extent: tuple[int, int, int] | None = None
-    stride: tuple[int, int, int] | None = None
+    extent: tuple[int, int, int] | None = param(None, "tokens seen along frames, height, width")
+    stride: tuple[int, int, int] | None = param(None, "queries along frames, height, width that share a neighbourhood")
     block: int = block_size(128)
     sink: int = sink_frames(0)
     fall_back: bool = falls_back()

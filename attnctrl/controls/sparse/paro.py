@@ -63,7 +63,7 @@ class Paro(Control):
     paper: ClassVar[str] = "arXiv 2506.16054"
     fixes: ClassVar[str] = "slow video generation"
 
-    plan: ParoPlan | str | PathLike[str] = ""
+    plan: ParoPlan | str | PathLike[str] = field(default="", metadata={"help": "file of calibrate_paro"})
     int8: bool = param(False, "query and key in 8 bits")
     fall_back: bool = falls_back()
     window: Window = field(default=Window(), kw_only=True)

@@ -59,7 +59,7 @@ class Planned(Control):
     paper: ClassVar[str] = "after arXiv 2407.02490 and arXiv 2502.01776"
     fixes: ClassVar[str] = "slow video generation"
 
-    plan: SparsePlan | str | PathLike[str] = ""
+    plan: SparsePlan | str | PathLike[str] = field(default="", metadata={"help": "file of attnctrl plan-sparse"})
     fall_back: bool = falls_back()
     window: Window = field(default=Window(), kw_only=True)
     where: Where = field(default=LATENTS, kw_only=True)

@@ -41,8 +41,8 @@ class SlidingTile(Control):
     fixes: ClassVar[str] = "slow video generation"
 
     density: float = param(0.2, "share of the tiles that a query sees, where their number is not given", 0.001, 1)
-    tile: tuple[int, int, int] | None = None
-    tiles: tuple[int, int, int] | None = None
+    tile: tuple[int, int, int] | None = param(None, "tokens of a tile along frames, height, width")
+    tiles: tuple[int, int, int] | None = param(None, "tiles seen along frames, height, width")
     block: int = block_size(128)
     sink: int = sink_frames(0)
     fall_back: bool = falls_back()

@@ -13,7 +13,7 @@ import attnctrl as ac
 from attnctrl.control import Control, param
 from attnctrl.controls import REGISTRY, Method, method
 from attnctrl.errors import ControlError
-from attnctrl.ui.fields import SUBJECTS, Entry, arguments, entries, make, of_tasks, paper_link, parameters
+from attnctrl.fields import Entry, arguments, entries, make, of_tasks, paper_link, parameters
 from attnctrl.ui.forms import component, draw_form
 from attnctrl.ui.request import TASKS
 
@@ -25,7 +25,7 @@ def test_every_method_has_its_form(name: str) -> None:
     """Each parameter is a component that shows the default, within the range, and gives it back."""
     of = method(name)
     fields = entries(of)
-    assert {*of.settings} <= {e.name for e in fields} | {*SUBJECTS, "window", "where", "branches"}
+    assert {*of.params} <= {e.name for e in fields}
     with gr.Blocks():
         form = draw_form(of, ["plan.json"])
     assert len(form.components) == len(fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,6 @@ from attnctrl.control import Control, Window
 from attnctrl.controls import REGISTRY, Method, method
 from attnctrl.errors import ControlError
 
-SUBJECTS = ("regions", "phrases", "pairs", "edits", "source")
-"""What a task gives to its methods: drawn, typed or found in the prompt, never a field of a form."""
-
-OF_EVERY_METHOD = ("window", "where", "branches")
 LONGEST = 2000
 _KINDS = {
     "float": "number",
@@ -152,11 +148,11 @@ def _finite(value: Any) -> float | None:
 
 
 def entries(of: Method) -> list[Entry]:
-    """The fields of a method's form, its window last.
+    """The fields of a method's form: its documented parameters, and its window last.
 
     Raises ControlError for a parameter of a type that no field can hold: then give `_KINDS` a rule for it.
     """
-    found = [_entry(of.name, f) for f in fields(of.control) if f.name not in (*SUBJECTS, *OF_EVERY_METHOD)]
+    found = [_entry(of.name, f) for f in of.params.values()]
     window: Any = of.control.__dataclass_fields__["window"].default
     for name, value, text in (("start", window.start, "begins"), ("end", window.end, "ends")):
         found.append(
