@@ -65,12 +65,13 @@ def export_video(out: Path, path: Path) -> int:
 
     The text encoder is the shapes models' own with the words of motion.
     """
-    transformer = models_video.transformer()
+    transformer, vae = models_video.transformer(), AutoencoderKLWan.from_pretrained(out / "vae")
     step = take_average({"transformer": transformer}, out / "transformer.pt")
+    vae.register_to_config(_name_or_path="")  # else the folder that it came from is written
     pipeline = WanPipeline(
         tokenizer=load_tokenizer("video"),
         text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder").to(torch.float16),
-        vae=AutoencoderKLWan.from_pretrained(out / "vae").to(torch.float16),
+        vae=vae.to(torch.float16),
         scheduler=models_video.scheduler(),
         transformer=transformer.to(torch.float16),
     )
