@@ -16,10 +16,10 @@ SHIPPED = "shapes-"
 
 
 def load_pipeline(model: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
-    """A text-to-image pipeline.
+    """A text-to-image pipeline, or one to videos.
 
-    model: "shapes-sd", "shapes-dit" or, with its LoRA, "shapes-dit+entities", or "shapes-instruct", which follows
-    instructions, for a shipped model, else what diffusers' `from_pretrained` takes (safetensors only).
+    model: "shapes-sd", "shapes-dit" or, with its LoRA, "shapes-dit+entities", "shapes-video", or "shapes-instruct",
+    which follows instructions, for a shipped model, else what diffusers' `from_pretrained` takes (safetensors only).
     device: default CUDA where there is one, else CPU. dtype: default float16 on CUDA, float32 elsewhere.
     Raises ControlError when there is no shipped model of that name, or its LoRA cannot be loaded.
     """

@@ -15,7 +15,7 @@ from attnctrl.bench.likeness import psnr, ssim
 from attnctrl.bench.methods import NONE
 from attnctrl.bench.results import Results, Row
 from attnctrl.bench.sparse_ways import NAMES, make
-from attnctrl.bench.stats import mean_interval
+from attnctrl.bench.stats import bootstrap_mean, mean_interval
 from attnctrl.control import Control
 from attnctrl.errors import ControlError
 from attnctrl.kernels import probabilities
@@ -30,7 +30,11 @@ from attnctrl.shapes.motion import Clip
 from attnctrl.shapes.score_clip import score_clip
 from attnctrl.sites import Call
 
-TABLE = ("visited", "recall", "psnr", "ssim", "kept", "colour_kept", "moving", "jitter")
+COMPARED = ("kept", "colour_kept", "moving")
+"""What the detector says of objects, colours and directions."""
+CHANGE = "_change"
+"""Behind the name of one of these: by how much it differs from that of the dense clip."""
+TABLE = ("visited", "recall", "psnr", "ssim", *COMPARED, "jitter")
 IMAGES, QUICK_IMAGES = 16, 1
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1)
 EVERY = 6
@@ -146,6 +150,9 @@ def _measured(
         return Row(label, 0, 0, error=str(error))
     by_layer = {site: float(np.mean(masses)) for site, masses in recall.items()}
     row = [{**one, "visited": share} for one, share in zip(found, visited, strict=True)]
+    for one, clip, whole in zip(row, tasks, dense, strict=True):
+        before = scores(clip, whole, whole)
+        one |= {metric + CHANGE: one[metric] - before[metric] for metric in COMPARED}
     if by_layer:
         row = [{**one, "recall": float(np.mean(list(by_layer.values())))} for one in row]
     return _row(label, row, drawn, {"recall_by_layer": by_layer} if by_layer else {})
@@ -153,7 +160,11 @@ def _measured(
 
 def _row(label: str, found: Sequence[dict[str, float]], drawn: Sequence[Drawn], more: dict[str, Any]) -> Row:
     names = dict.fromkeys(name for one in found for name in one)
-    metrics = {name: mean_interval([one[name] for one in found if name in one]) for name in names}
+    metrics = {}
+    for name in names:
+        # A change of 0 or 1 is no proportion.
+        interval = bootstrap_mean if name.endswith(CHANGE) else mean_interval
+        metrics[name] = interval([one[name] for one in found if name in one])
     seconds = float(np.median([one.seconds for one in drawn]))
     return Row(label, 0, len(found), metrics, seconds, more=more)
 

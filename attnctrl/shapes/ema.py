@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -46,3 +48,12 @@ class Average:
             for key, value in tensors.items():
                 self.average[name][key].copy_(value)
         self.updates = int(state["updates"])  # type: ignore[call-overload]
+
+
+def take_average(modules: dict[str, nn.Module], checkpoint: Path) -> int:
+    """Give modules the averaged weights that a stage's checkpoint, finished or not, holds; returns its step."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    average = Average(modules, 0.0)
+    average.load_state_dict(saved["state"]["average"])
+    average.copy_to(modules)
+    return saved["step"]

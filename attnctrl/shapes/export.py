@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionM
 from transformers import CLIPTextModel
 
 from . import models
-from .ema import Average
+from .ema import take_average
 from .pretrained import assemble, assemble_instruct
 from .tokenizer import load_tokenizer
 
@@ -40,11 +40,8 @@ def text_encoder() -> CLIPTextModel:
 def load_denoiser(out: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, int]:
     """The averaged models of the denoiser checkpoint in `out`, finished or not, and its step."""
     modules = {"unet": models.denoiser(), "text": text_encoder()}
-    saved = torch.load(out / "denoiser.pt", map_location="cpu", weights_only=True)
-    average = Average(modules, 0.0)
-    average.load_state_dict(saved["state"]["average"])
-    average.copy_to(modules)
-    return modules["unet"].eval(), modules["text"].eval(), saved["step"]
+    step = take_average(modules, out / "denoiser.pt")
+    return modules["unet"].eval(), modules["text"].eval(), step
 
 
 def export(out: Path, path: Path) -> int:
@@ -60,7 +57,7 @@ def export(out: Path, path: Path) -> int:
 def export_transformer(out: Path, path: Path) -> int:
     """Write the transformer as it stands in `out`, with its scheduler and the pipeline's index; returns the step."""
     transformer = models.transformer()
-    step = _take_average(transformer, "transformer", out / "transformer.pt")
+    step = take_average({"transformer": transformer}, out / "transformer.pt")
     transformer.to(torch.float16).save_pretrained(path / "transformer", safe_serialization=True)
     models.flow_scheduler().save_pretrained(path / "scheduler")
     assemble(transformer, models.flow_scheduler()).save_config(path)
@@ -70,20 +67,11 @@ def export_transformer(out: Path, path: Path) -> int:
 def export_instruct(out: Path, path: Path) -> int:
     """Write the denoiser of 8 channels as it stands in `out`, with scheduler and pipeline index; returns the step."""
     unet = models.denoiser(in_channels=2 * models.LATENT_CHANNELS)
-    step = _take_average(unet, "unet", out / "instruct.pt")
+    step = take_average({"unet": unet}, out / "instruct.pt")
     unet.to(torch.float16).save_pretrained(path / "unet", safe_serialization=True)
     models.scheduler().save_pretrained(path / "scheduler")
     assemble_instruct(unet, models.scheduler()).save_config(path)
     return step
-
-
-def _take_average(model: torch.nn.Module, name: str, checkpoint: Path) -> int:
-    """Give a model the averaged weights that a checkpoint holds under a name; returns the step."""
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    average = Average({name: model}, 0.0)
-    average.load_state_dict(saved["state"]["average"])
-    average.copy_to({name: model})
-    return saved["step"]
 
 
 def load_vae(checkpoint: Path) -> AutoencoderTiny:

@@ -40,11 +40,6 @@ def weights_path(name: str = "sd") -> Path:
     """
     folders = {p.parent.name: p.parent for p in sorted(_WEIGHTS.glob("*/model_index.json"))}
     folders |= {f"{p.parent.parent.name}+{p.parent.name}": p.parent for p in sorted(_WEIGHTS.glob(f"*/*/{LORA}"))}
-    if name == "video" and name not in folders:
-        raise ControlError(
-            "the shapes model 'video' is not in this installation: train it by `attnctrl train-shapes video --out DIR` "
-            "and load DIR/pipeline by WanPipeline.from_pretrained."
-        )
     if name == "instruct" and name not in folders:
         raise ControlError(
             "the shapes model 'instruct' is not in this installation: train it by `attnctrl train-shapes instruct "

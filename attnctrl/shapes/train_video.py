@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline
 from transformers import CLIPTextModel
 
 from . import models_video
 from .budget import Budget
 from .crew import Crew, run
-from .ema import Average
+from .ema import take_average
 from .pretrained import shipped_text_encoder
 from .tokenizer import load_tokenizer
 from .train_autoencoder import AutoencoderRecipe
@@ -60,26 +60,18 @@ def _transformer_stage(crew: Crew, out: Path, budget: Budget, recipe: ClipRecipe
     train_clips(text, latents, out, budget, recipe, device, resume, crew)
 
 
-def load_video_transformer(out: Path) -> tuple[WanTransformer3DModel, int]:
-    """The averaged transformer of the checkpoint in `out`, finished or not, and its step."""
-    transformer = models_video.transformer()
-    saved = torch.load(out / "transformer.pt", map_location="cpu", weights_only=True)
-    average = Average({"transformer": transformer}, 0.0)
-    average.load_state_dict(saved["state"]["average"])
-    average.copy_to({"transformer": transformer})
-    return transformer.eval(), saved["step"]
-
-
 def export_video(out: Path, path: Path) -> int:
     """Write the pipeline in float16 as it stands in `out` (training may be going on); returns the transformer's step.
 
     The text encoder is the shapes models' own with the words of motion.
     """
-    transformer, step = load_video_transformer(out)
+    transformer, vae = models_video.transformer(), AutoencoderKLWan.from_pretrained(out / "vae")
+    step = take_average({"transformer": transformer}, out / "transformer.pt")
+    vae.register_to_config(_name_or_path="")  # else the folder that it came from is written
     pipeline = WanPipeline(
         tokenizer=load_tokenizer("video"),
         text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder").to(torch.float16),
-        vae=AutoencoderKLWan.from_pretrained(out / "vae").to(torch.float16),
+        vae=vae.to(torch.float16),
         scheduler=models_video.scheduler(),
         transformer=transformer.to(torch.float16),
     )

@@ -41,6 +41,8 @@ def test_rows_of_every_method(model: str, tmp_path: Path, capsys: Any) -> None:
         assert full["psnr"]["value"] > 50 or name == "vmoba"
         assert 0.05 < thin["visited"]["value"] < full["visited"]["value"] <= 1.0
         assert thin["psnr"]["value"] < 60
+        kept = [rows[label]["metrics"]["kept"]["value"] for label in (f"{name}@0.3", "none")]
+        assert thin["kept_change"]["value"] == pytest.approx(kept[0] - kept[1])
     recall = {name: rows[f"{name}@0.3"]["metrics"]["recall"]["value"] for name in names if name != "rettention"}
     assert recall["oracle-blocks"] == max(recall[name] for name in ("oracle-blocks", "paro", "random-blocks"))
     assert rows["radial@0.3"]["recall_by_layer"].keys() == {"blocks.0.attn1"}

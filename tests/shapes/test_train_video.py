@@ -206,7 +206,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.startswith("1 clips: kept 0.0000, colour_kept ")
     # Where the package looks for it, it is loaded by name.
     monkeypatch.setattr(pretrained, "_WEIGHTS", tmp_path / "nothing")
-    with pytest.raises(ControlError, match="'video' is not in this installation: train it by `attnctrl train-shapes"):
+    with pytest.raises(ControlError, match="unknown shapes model 'video'; known: none"):
         load("video")
     monkeypatch.setattr(pretrained, "_WEIGHTS", tmp_path)
     path.rename(tmp_path / "video")

@@ -124,3 +124,27 @@ def test_the_entity_lora_moves_objects_and_leaves_the_model_as_it_was():
         assert in_box(asked, boxes, detect(call(pipeline, prompt))) == 1
     pipeline.disable_lora()
     assert torch.equal(call(pipeline, prompt, steps=2), call(dit(), prompt, steps=2))
+
+
+def test_the_video_model_is_a_stock_pipeline_that_follows_a_motion():
+    from attnctrl.shapes import VIDEO_CALL, detect
+    from attnctrl.shapes.captions_video import clip_prompt
+    from attnctrl.shapes.score_clip import score_clip
+
+    pipeline = load("video")
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline).__name__ == "WanPipeline"
+    asked = [("circle", "red", "right")]
+    prompt, _ = clip_prompt(asked, "white")
+    given = {"num_inference_steps": 16, "guidance_scale": 3.5, "generator": torch.Generator().manual_seed(0)}
+    frames = pipeline(prompt, output_type="np", **given, **VIDEO_CALL).frames[0]
+    assert frames.shape == (9, 128, 128, 3)
+    score = score_clip(asked, [detect(frame) for frame in frames], "white")
+    assert score.kept > 0.8
+    assert score.moving == 1
+
+
+def test_the_video_model_is_small():
+    files = [p for p in weights_path("video").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 15e6
+    assert not any("/train" in p.read_text() for p in files if p.suffix == ".json")
