@@ -89,15 +89,16 @@ def reference_prompts(subjects: Sequence[Subject]) -> list[str]:
 class Look:
     """What some pictures see of one row: the tokens `index` of its latents, (cells,), which may repeat.
 
-    who: bool (pictures, latent tokens), which queries look. rows: those of these pictures in the batch. bias: added to
-    their logits. strength: of the subject.
+    who: (pictures, latent tokens), which queries look, bool, or in [0, 1] how much of it they get where looks are
+    softmaxes of their own. rows: those of these pictures in the batch. bias: added to their logits, a number or
+    (pictures, latent tokens). strength: of the subject.
     """
 
     row: int
     index: torch.Tensor
     who: torch.Tensor
     rows: slice
-    bias: float = 0.0
+    bias: float | torch.Tensor = 0.0
     strength: float = 1.0
 
 
@@ -139,7 +140,9 @@ def with_looks(call: Call, looks: Sequence[Look], how: str) -> Call:
     if how == "bias":
         streams = []
         for one, who in zip(looks, sees, strict=True):
-            offset = torch.where(who > 0, one.bias + math.log(one.strength), float("-inf"))
+            added = torch.zeros_like(who)
+            added[:, 0, call.queries.latent, 0] += one.bias
+            offset = torch.where(who > 0, added + math.log(one.strength), float("-inf"))
             streams.append(Stream(*_seen(call, one), 1.0, offset=offset, rows=one.rows))
         return call.change(streams=(*call.streams, *streams))
     total, most = torch.zeros(2, len(call.query), 1, call.query.shape[2], 1, device=call.query.device)
