@@ -57,6 +57,7 @@ class LocalizedResidual(Control):
 
     paper: ClassVar[str] = "arXiv 2405.12978"
     fixes: ClassVar[str] = "a LoRA that changes the whole picture, or two LoRAs that blend"
+    needs_rows: ClassVar[bool] = False
 
     where: Where = field(default=Where(kinds=("cross",)), kw_only=True)
     branches: tuple[str, ...] = field(default=("cond", "uncond"), kw_only=True)

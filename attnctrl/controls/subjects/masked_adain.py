@@ -27,7 +27,7 @@ def adain(target: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> t
 
 @dataclass
 class State:
-    """clean: the references' latents, (references * images, channels, height, width), from the first step on."""
+    """clean: the references' latents, (references, channels, height, width), from the first step on."""
 
     rows: References
     owners: Owners
@@ -47,12 +47,13 @@ class MaskedAdaIN(Control):
     Departures: the paper has noise from an inversion, where the noise's own mean is 0 and its variance the schedule's
     here; masks by clustering self-attention; and, beside this, keys and values of the appearance, for which there are
     MagicFace and others, contrasted attention and guidance by appearance. It starts at 0.2 of the run, where this acts
-    in all steps. The run has rows of references, as for all these methods. Families: all for pictures, those without
-    cross-attention for subjects with regions.
+    in all steps. By itself it needs no rows of references in the run: prompt=[picture, ...].
+    Families: all for pictures, those without cross-attention for subjects with regions.
     """
 
     paper: ClassVar[str] = "arXiv 2311.03335"
     fixes: ClassVar[str] = "a subject of the wrong colour, where attention to its picture does not carry colour over"
+    needs_rows: ClassVar[bool] = False
 
     where: Where = field(default=Where(kinds=("cross", "self", "joint")), kw_only=True)
     subjects: Sequence[Subject] = ()
@@ -63,7 +64,7 @@ class MaskedAdaIN(Control):
         return self.window.empty or self.share == 0 or all(s.strength == 0 for s in self.subjects)
 
     def begin(self, sampling: Sampling) -> State:
-        rows = References.of(sampling, self.subjects, self.name)
+        rows = References.of(sampling, self.subjects, self.name, needed=False)
         return State(rows, Owners.begin(sampling, self.subjects, rows.scenes, self.name), sampling)
 
     def acts(self, step: Step, branch: str, state: State) -> bool:
@@ -80,9 +81,10 @@ class MaskedAdaIN(Control):
         rows, (height, width) = state.rows, latents.shape[-2:]
         first = rows.pictures.stop
         if state.clean is None:
-            pictures = [one.fitted(height, width).picture for _, one in rows.all for _ in range(rows.images)]
+            pictures = [one.fitted(height, width).picture for _, one in rows.all]
+            like = latents[:1].expand(len(pictures), *latents.shape[1:])
             assert state.sampling.clean is not None
-            state.clean = state.sampling.clean(pictures, latents[first:]).float()
+            state.clean = state.sampling.clean(pictures, like).float()
         assert state.sampling.noised_next is not None
         expected = state.sampling.noised_next(state.clean, torch.zeros_like(state.clean), step)
         noise = float(state.sampling.noised_next(torch.zeros(1), torch.ones(1), step))
@@ -90,7 +92,7 @@ class MaskedAdaIN(Control):
         moved = torch.zeros_like(changed, dtype=torch.float32)
         for i, number in rows.shown:
             subject, cells = self.subjects[i], rows.cells(number, (1, height, width), latents.device)
-            given = expected[rows.row(number) - first].flatten(1)[:, cells]
+            given = expected[number].flatten(1)[:, cells]
             mean, variance = given.mean(dim=1), given.var(dim=1, unbiased=False) + noise**2
             part = self.share * min(subject.strength, 1.0) / len(subject.references)
             follows = subject.placed is not None and subject.reposition

@@ -81,6 +81,7 @@ class ObjectMasks(Control):
 
     paper: ClassVar[str] = "arXiv 2501.03059"
     fixes: ClassVar[str] = "objects of a clip that exchange looks or motion, from masks or tracks"
+    needs_rows: ClassVar[bool] = False
 
     window: Window = field(default=Window(0.0, 0.5), kw_only=True)
     where: Where = field(default=Where(kinds=("cross", "self")), kw_only=True)

@@ -38,13 +38,18 @@ class References:
     _cells: dict[tuple[int, Grid], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sampling: Sampling, subjects: Sequence[Subject], who: str) -> References:
-        """Raises ControlError where the run has no rows for the references, or is of a video."""
+    def of(cls, sampling: Sampling, subjects: Sequence[Subject], who: str, *, needed: bool = True) -> References:
+        """needed: False where references are shown to nobody, and the run may have rows for them or not.
+
+        Raises ControlError where the run has no rows for the references, or is of a video.
+        """
         for subject in subjects:
             if not isinstance(subject, Subject):
                 raise ControlError(f"{who}: {subject!r} is not a subject: give Subject(phrase, image).")
         count = sum(len(subject.references) for subject in subjects)
-        if sampling.prompt_count <= count:
+        if not needed and (sampling.prompts or [])[-count:] != reference_prompts(subjects):
+            count = 0
+        elif sampling.prompt_count <= count:
             raise ControlError(
                 f"{who} needs a row of the run for each of {count} references, after those of the pictures: call the "
                 "pipeline with prompt=[picture, *reference_prompts(subjects)], or use SubjectsPipeline."
