@@ -27,7 +27,7 @@ class State:
 
 @dataclass(frozen=True)
 class InContextMask(Control):
-    """The in-context attention mask of VFXMaster (arXiv 2510.25772, sec. 3), for references in rows of their own.
+    """The in-context attention mask of VFXMaster (arXiv 2510.25772), for references in rows of their own.
 
     What sees what: the prompt sees itself, its latents, and the reference's text and latents; the latents see the
     prompt, themselves and the reference's latents, not its text, lest what that names appear; a reference sees

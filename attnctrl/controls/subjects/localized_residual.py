@@ -41,7 +41,7 @@ class State:
 
 @dataclass(frozen=True)
 class LocalizedResidual(Control):
-    """Localized attention-guided sampling of Personalized Residuals (Ham et al., arXiv 2405.12978, sec. 3.2).
+    """Localized attention-guided sampling of Personalized Residuals (Ham et al., arXiv 2405.12978).
 
     What a LoRA of the model adds, f = W x + M B A x, counts by M: 1 where the attention to the concept's words is above
     its median, `outside` elsewhere. M is read in the cross-attention of the same block and step where that comes before

@@ -37,7 +37,7 @@ class State:
 
 @dataclass(frozen=True)
 class MaskedAdaIN(Control):
-    """Masked AdaIN of the latents, from Cross-Image Attention (Alaluf et al., arXiv 2311.03335, sec. 4.3).
+    """Masked AdaIN of the latents, from Cross-Image Attention (Alaluf et al., arXiv 2311.03335).
 
     After a step the latents of a subject are given, channel by channel, the mean and the variance that its reference
     would have there at the same noise; so what attention does not carry over, as the overall colour, comes from the

@@ -31,7 +31,7 @@ class State:
 
 @dataclass(frozen=True)
 class MaskedReference(Control):
-    """Masked reference attention of DreamVideo-2 (Wei et al., arXiv 2410.13830, sec. 4).
+    """Masked reference attention of DreamVideo-2 (Wei et al., arXiv 2410.13830).
 
     The run draws references along, `DrawReferences`. Beside its own attention a picture attends to each reference, in
     a softmax of its own in which no query is masked; the result is multiplied by M + `outside` (1 - M), M being 1 where

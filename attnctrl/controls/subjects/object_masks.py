@@ -50,7 +50,7 @@ def apart(inside: torch.Tensor) -> torch.Tensor:
 class State:
     """lists: the regions of each prompt. contexts: their texts, (pictures, objects, tokens, channels).
 
-    keys, inside: what was made of them, by layer and by grid; groups: of the self-attention, by grid.
+    keys, inside, groups: what was made of them, by layer, by grid, and by kind of attention and grid.
     """
 
     lists: list[list[Region]]
@@ -60,12 +60,12 @@ class State:
     names: frozenset[str]
     keys: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     inside: dict[Grid, torch.Tensor] = field(default_factory=dict)
-    groups: dict[Grid, TokenGroups] = field(default_factory=dict)
+    groups: dict[tuple[str, Grid], TokenGroups] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ObjectMasks(Control):
-    """Masked cross- and spatio-temporal self-attention of Through-The-Mask (Yariv et al., arXiv 2501.03059, sec. 3.2).
+    """Masked cross- and spatio-temporal self-attention of Through-The-Mask (Yariv et al., arXiv 2501.03059).
 
     Masked cross-attention: the latents of an object see the prompts of the objects that they belong to (`Region.prompt`
     or the phrase), in one softmax. Masked self-attention: they see the latents of the same object, in all frames; what
@@ -130,7 +130,7 @@ class ObjectMasks(Control):
         if call.site.name not in state.names or grid is None or weight == 0:
             return output
         inside = self._inside(state, grid)
-        masked = self._cross(call, state, inside) if call.site.kind == "cross" else self._own(call, state, inside, grid)
+        masked = (self._cross if call.site.kind == "cross" else self._own)(call, state, inside, grid)
         anybody = inside.any(dim=1)[:, None, :, None]
         whose = anybody if call.site.kind == "cross" else anybody.any(dim=2, keepdim=True)
         return torch.where(whose, output + weight * (masked.to(output.dtype) - output), output)
@@ -148,21 +148,25 @@ class ObjectMasks(Control):
             state.inside[grid] = torch.stack(rows).to(state.device).repeat_interleave(state.images, dim=0)
         return state.inside[grid]
 
-    def _cross(self, call: Call, state: State, inside: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _cross(call: Call, state: State, inside: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The attention to the objects' own prompts; 0 for latents of nobody."""
         assert call.project is not None
         batch, objects, tokens, _ = state.contexts.shape
         if call.site.name not in state.keys:
             with torch.inference_mode(False), torch.no_grad():
                 state.keys[call.site.name] = call.project(state.contexts.flatten(1, 2))
-        whose = torch.eye(objects, dtype=torch.bool, device=state.device).repeat_interleave(tokens, dim=0)
-        groups = TokenGroups.from_members(inside.transpose(1, 2), whose[None].expand(batch, -1, -1))
-        return masked_attention(call.query, *state.keys[call.site.name], groups, call.scale)
+        if ("cross", grid) not in state.groups:
+            whose = torch.eye(objects, dtype=torch.bool, device=state.device).repeat_interleave(tokens, dim=0)
+            members = inside.transpose(1, 2), whose[None].expand(batch, -1, -1)
+            state.groups["cross", grid] = TokenGroups.from_members(*members)
+        return masked_attention(call.query, *state.keys[call.site.name], state.groups["cross", grid], call.scale)
 
-    def _own(self, call: Call, state: State, inside: torch.Tensor, grid: Grid) -> torch.Tensor:
+    @staticmethod
+    def _own(call: Call, state: State, inside: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The attention of each object to itself."""
-        if grid not in state.groups:
-            state.groups[grid] = TokenGroups.from_members(apart(inside))
-        groups = state.groups[grid]
+        if ("self", grid) not in state.groups:
+            state.groups["self", grid] = TokenGroups.from_members(apart(inside))
+        groups = state.groups["self", grid]
         groups = groups if call.mask is None else groups.padded(call.mask)
         return masked_attention(call.query, call.key, call.value, groups, call.scale)
