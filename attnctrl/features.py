@@ -1,4 +1,4 @@
-"""Features of residual blocks, for controls that edit what is not attention: a hook of one run on the shared model."""
+"""Features of residual blocks and of LoRAs, for controls that edit what is not attention: a hook of one run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 def hook(sampler: Sampler, active: Active, site: Site, edit: FeatureEdit) -> Any:
-    """Have a control edit what the residual block `site` adds, for this sampling; returns the handle that removes it.
+    """Have a control edit what the residual block or LoRA `site` adds, for this sampling.
 
-    Raises ControlError under torch.compile, and for sites that are no residual blocks of the model.
+    Returns the handle that removes it. Raises ControlError under torch.compile, and for sites that the model has not.
     """
     who = active.control.name
     if sampler.family.compiled:
-        raise ControlError(f"{who} edits features of residual blocks: use the pipeline without torch.compile.")
-    module = next((m for s, m in sampler.family.residuals() if s == site), None)
+        raise ControlError(f"{who} edits features of the model: use the pipeline without torch.compile.")
+    family = sampler.family
+    known = family.adapters() if site.kind.endswith("adapter") else family.residuals()
+    module = next((m for s, m in known if s == site), None)
     if module is None:
         raise ControlError(f'{who} wants the features of "{site.name}", which is no residual block of the model.')
 

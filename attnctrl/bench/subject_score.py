@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from attnctrl.bench.subject_tasks import SubjectTask
 from attnctrl.shapes.detect import Detection, Found
 from attnctrl.shapes.score import contains
@@ -27,6 +29,14 @@ def score_subjects(task: SubjectTask, found: Detection) -> dict[str, float]:
         "in_box": sum(boxed) / len(asked),
         "whole": float(all(right) and len(found.objects) == len(asked)),
     }
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    """How far two pictures of bytes, (height, width, 3), are apart: the mean absolute difference, 0 to 1.
+
+    Of two pictures of one task from different noise it is the `diversity` of a method: 0 where the noise says nothing.
+    """
+    return float(np.abs(one.astype(np.float64) - other).mean() / 255)
 
 
 def _of(found: Found, asked: list[tuple[str, str]]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,25 @@ from PIL import Image
 from tqdm import tqdm
 
 from attnctrl.bench.draw import Settings, precision
+from attnctrl.bench.memory import peak_bytes
 from attnctrl.bench.methods import NONE, Spec, parse_methods, split_list
 from attnctrl.bench.results import Results, Row
-from attnctrl.bench.stats import mean_interval
-from attnctrl.bench.subject_score import score_subjects
+from attnctrl.bench.stats import Estimate, mean_interval
+from attnctrl.bench.subject_score import difference, score_subjects
 from attnctrl.bench.subject_tasks import SubjectTask, make_subject_tasks
 from attnctrl.controls.subjects.rows import reference_prompts
 from attnctrl.errors import ControlError
-from attnctrl.pipelines.subjects import SubjectsPipeline
+from attnctrl.pipelines.subjects import SubjectsPipeline, needs_rows
 from attnctrl.regions import Region
 from attnctrl.shapes.detect import detect
 from attnctrl.words import learn_words
 
-TABLE = ("identity", "blend", "prompt", "in_box", "whole")
+TABLE = ("identity", "blend", "prompt", "in_box", "whole", "diversity", "memory")
 IMAGES, QUICK_IMAGES = 20, 2
+AGAIN = 4
+"""So many pictures of a row are drawn from another noise too, for `diversity`."""
+MEASURED_STEPS = 4
+"""The steps of the run whose memory is measured: in all others the same tensors are made."""
 OBJECTS = (2,)
 PLAIN = "unmasked"
 CONCATENATION = "consistent-self-attention{keep=1;early=1;late=1;window=0..1}"
@@ -46,6 +51,7 @@ METHODS = ",".join(
         f"{LAYOUT}+magic-face{{placing=replace;window=0..0.5}}:boxes",
         f"{LAYOUT}+isolation-reposition:boxes",
         f"{LAYOUT}+appearance-matching:boxes",
+        f"{LAYOUT}+masked-adain:boxes",
         f"{LAYOUT}+delayed-subject{{delay=0}}:boxes",
     )
 )
@@ -87,6 +93,8 @@ def draw_subjects(pipe: Any, task: SubjectTask, way: Way, settings: Settings) ->
     if any(part.method.name == "delayed-subject" for part in way.spec.parts):
         given["embeddings"] = learn_words(pipe, subjects, seed=task.seed)
     controls = way.spec.controls(given)
+    if not needs_rows(controls):
+        controls = way.spec.controls({**given, "regions": [placed]})
     result = SubjectsPipeline(pipe)(
         task.prompt,
         subjects if controls else (),
@@ -113,17 +121,25 @@ def measure(
 
 
 def _row(pipe: Any, way: Way, count: int, tasks: list[SubjectTask], settings: Settings, bar: tqdm) -> Row:
+    """memory: in MB (10^6 bytes), the most that the tensors of one run hold at a time, references included."""
     scores: list[dict[str, float]] = []
+    apart: list[float] = []
     seconds: list[float] = []
-    for task in tasks:
-        start = time.perf_counter()
-        try:
-            with precision(pipe.device, settings.dtype):
+    try:
+        with precision(pipe.device, settings.dtype):
+            short = replace(settings, steps=min(settings.steps, MEASURED_STEPS))
+            held = peak_bytes(pipe.device, lambda: draw_subjects(pipe, tasks[0], way, short)) / 1e6
+            for task in tasks:
+                start = time.perf_counter()
                 picture = draw_subjects(pipe, task, way, settings)
-        except ControlError as error:
-            return Row(way.label, count, 0, error=str(error))
-        seconds.append(time.perf_counter() - start)
-        scores.append(score_subjects(task, detect(np.asarray(picture))))
-        bar.update()
-    metrics = {name: mean_interval([s[name] for s in scores]) for name in TABLE}
+                seconds.append(time.perf_counter() - start)
+                scores.append(score_subjects(task, detect(np.asarray(picture))))
+                if len(apart) < AGAIN:
+                    other = draw_subjects(pipe, replace(task, seed=task.seed + 1), way, settings)
+                    apart.append(difference(np.asarray(picture), np.asarray(other)))
+                bar.update()
+    except ControlError as error:
+        return Row(way.label, count, 0, error=str(error))
+    metrics = {name: mean_interval([s[name] for s in scores]) for name in scores[0]}
+    metrics |= {"diversity": mean_interval(apart), "memory": Estimate(held, held, held)}
     return Row(way.label, count, len(tasks), metrics, statistics.median(seconds))

@@ -62,9 +62,15 @@ from attnctrl.controls.subjects.appearance_matching import AppearanceMatching
 from attnctrl.controls.subjects.consistent_self_attention import ConsistentSelfAttention
 from attnctrl.controls.subjects.delayed_subject import DelayedSubject
 from attnctrl.controls.subjects.draw_references import DrawReferences
+from attnctrl.controls.subjects.in_context_mask import InContextMask
 from attnctrl.controls.subjects.isolation_reposition import IsolationReposition
+from attnctrl.controls.subjects.localized_residual import LocalizedResidual
 from attnctrl.controls.subjects.magic_face import MagicFace
+from attnctrl.controls.subjects.masked_adain import MaskedAdaIN
+from attnctrl.controls.subjects.masked_reference import MaskedReference
+from attnctrl.controls.subjects.object_masks import ObjectMasks
 from attnctrl.controls.subjects.shared_attention import SharedAttention
+from attnctrl.controls.subjects.time_aware_reference import TimeAwareReference
 from attnctrl.errors import ControlError
 
 
@@ -145,6 +151,12 @@ REGISTRY = {
         Method("consistent-self-attention", ConsistentSelfAttention, "subjects"),
         Method("shared-attention", SharedAttention, "subjects"),
         Method("delayed-subject", DelayedSubject, "subjects"),
+        Method("masked-reference", MaskedReference, "subjects"),
+        Method("time-aware-reference", TimeAwareReference, "subjects"),
+        Method("object-masks", ObjectMasks, "subjects"),
+        Method("in-context-mask", InContextMask, "subjects"),
+        Method("localized-residual", LocalizedResidual, "subjects"),
+        Method("masked-adain", MaskedAdaIN, "subjects"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -178,6 +190,8 @@ __all__ = [
     "ConsistentSelfAttention",
     "DelayedSubject",
     "IsolationReposition",
+    "MaskedAdaIN",
+    "MaskedReference",
     "SharedAttention",
     "BundledAttention",
     "Conform",

@@ -23,14 +23,26 @@ from attnctrl.references import Subject
 from attnctrl.run import Run, control
 from attnctrl.words import learn_words
 
+ROWLESS = tuple(
+    entry.control
+    for entry in REGISTRY.values()
+    if entry.task in ("layout", "guidance") or not getattr(entry.control, "needs_rows", True)
+)
+"""Methods that do not look at rows of references."""
 NOISES = ("one", "fresh", "inversion")
 REFERENCE_SEED = 2**31
 """Added to the seed for the noise of references: with the pictures' own noise they would give their layout away too."""
 
 
+def needs_rows(controls: Sequence[Control]) -> bool:
+    """Whether the run needs rows for the references: for every method but those known to do without."""
+    return not all(isinstance(one, ROWLESS) for one in controls)
+
+
 @dataclass(frozen=True)
 class SubjectsResult:
-    """images: the pictures, prompt by prompt. references: what the run made of each reference. run: see `Run`."""
+    """images: the pictures, prompt by prompt. references: what the run made of each reference, none where no method
+    looks at them. run: see `Run`."""
 
     images: list[Image.Image]
     references: list[Image.Image]
@@ -95,17 +107,24 @@ class SubjectsPipeline:
         overrides = {name: value for name, value in kwargs.items() if name not in accepted}
         given = [prompt] if isinstance(prompt, str) else list(prompt)
         scenes = [one for one in given for _ in range(num_images_per_prompt)]
-        references = reference_prompts(subjects)
-        prompts = [*scenes, *references]
         placed = [subject.placed for subject in subjects if subject.placed is not None]
         named = [method] if isinstance(method, str | Control) else list(method)
-        about = {
+        about: dict[str, Any] = {
             "subjects": subjects,
             "embeddings": learn_words(self.pipe, subjects, seed=seed) if "delayed-subject" in named else {},
-            "regions": [placed] * len(scenes) + [[] for _ in references],
-            "phrases": [[s.phrase for s in subjects]] * len(scenes) + [[] for _ in references],
         }
-        controls = make_controls(method, ("subjects", "layout"), about, overrides)
+
+        def made(references: list[str]) -> list[Control]:
+            about["regions"] = [placed] * len(scenes) + [[] for _ in references]
+            about["phrases"] = [[s.phrase for s in subjects]] * len(scenes) + [[] for _ in references]
+            return make_controls(method, ("subjects", "layout"), about, overrides)
+
+        references = reference_prompts(subjects)
+        controls = made(references)
+        if not needs_rows(controls):
+            references, subjects = [], ()
+            controls = made(references)
+        prompts = [*scenes, *references]
         pipe = share(self.pipe)
         seeds = [seed + i % num_images_per_prompt for i in range(len(scenes))]
         seeds += [seed + REFERENCE_SEED] * len(references)

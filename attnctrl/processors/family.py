@@ -82,6 +82,14 @@ class Family:
         """
         return []
 
+    def adapters(self) -> list[tuple[Site, Any]]:
+        """What every active LoRA adds to its layer, as a site of kind "adapter", with the module that gives it.
+
+        A site is called like its layer and the adapter's name, "...to_q/mine". Those that act on
+        text or on the time are of kind "global adapter". Empty for families of which this is not known.
+        """
+        return []
+
     def reproducible(self, stock: Any) -> bool:
         """Whether our processor computes what this stock one does."""
         return type(stock) in self.plain

@@ -25,6 +25,17 @@ from attnctrl.prompt import Reader
 from attnctrl.sites import Grid, Site
 from attnctrl.text import Text
 
+RANKS = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+PLACELESS = ("attn2.to_k", "attn2.to_v", "time_emb_proj")
+"""Layers whose outputs are not latents: they read text, or the time."""
+
+
+def acting(layer: Any, adapter: str) -> bool:
+    """Whether a layer under LoRA adds what the last factor of this adapter gives: not if merged, off, or DoRA."""
+    if layer.merged or layer.disable_adapters or adapter not in layer.active_adapters:
+        return False
+    return adapter not in layer.lora_magnitude_vector
+
 
 class UNetFamily(Family):
     """How the run reads a UNet pipeline.
@@ -75,13 +86,28 @@ class UNetFamily(Family):
         found.sort(key=lambda item: item[0])
         return [(site, module) for _, site, module in found]
 
+    def adapters(self) -> list[tuple[Site, torch.nn.Module]]:
+        """The last factor of each LoRA of a layer that has a place in the forward pass: what it gives is added."""
+        attention = [self._position(site.name) for site, _ in self.sites()]
+        found = []
+        for name, module in self.model.named_modules():
+            layer, marked, adapter = name.partition(".lora_B.")
+            if not marked or layer.split(".")[0] not in RANKS or not acting(self.model.get_submodule(layer), adapter):
+                continue
+            kind = "global adapter" if layer.endswith(PLACELESS) else "adapter"
+            at = self._position(layer)
+            site = replace(self._site(layer, kind), name=f"{layer}/{adapter}", order=sum(one < at for one in attention))
+            found.append((at, site, module))
+        found.sort(key=lambda item: item[0])
+        return [(site, module) for _, site, module in found]
+
     @staticmethod
     def _position(name: str) -> tuple[int, int, int]:
         """Where a layer stands in the forward pass: the part of the UNet, the level, the number of its block there.
 
         Residual block i of a level comes before its attention i.
         """
-        rank = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}[name.split(".")[0]]
+        rank = RANKS[name.split(".")[0]]
         level = 0 if rank == 1 else int(name.split(".")[1])
         found = re.search(r"\.(?:resnets|attentions)\.(\d+)", name)
         return rank, level, int(found[1]) if found else 0

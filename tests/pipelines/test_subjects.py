@@ -13,9 +13,10 @@ from PIL import Image
 
 import attnctrl as ac
 from attnctrl.bench.draw import Settings
+from attnctrl.bench.memory import peak_bytes
 from attnctrl.bench.methods import parse_methods
 from attnctrl.bench.results import Results
-from attnctrl.bench.subject_score import score_subjects
+from attnctrl.bench.subject_score import difference, score_subjects
 from attnctrl.bench.subject_tasks import make_subject_tasks
 from attnctrl.bench.subjects import METHODS, PLAIN, TABLE, Way, draw_subjects, measure, parse_ways
 from attnctrl.commands.subjects import parse_subjects
@@ -25,7 +26,7 @@ from attnctrl.shapes.detect import detect
 from attnctrl.shapes.render import render
 from attnctrl.shapes.world import Scene, Thing
 from tests import tiny
-from tests.subjects.material import PROMPT, middle, picture, two
+from tests.subjects.material import LEFT, PROMPT, middle, picture, two
 
 FEW: dict[str, Any] = {"num_inference_steps": 3, "seed": 4, "record": False}
 
@@ -63,6 +64,17 @@ def test_exchanged_pictures_and_regions_matter() -> None:
     assert not (one == other).all()
 
 
+def test_rows_are_drawn_for_methods_that_look_at_them() -> None:
+    pipeline = SubjectsPipeline(tiny.sd())
+    for method, rows in (
+        ("masked-adain", 0),
+        (["region-mask", "masked-adain"], 0),
+        (["masked-adain", "magic-face"], 2),
+    ):
+        assert len(pipeline(PROMPT, two(), method=method, **FEW).references) == rows
+    assert not (drawn(two(), method="masked-adain") == drawn((), method="none")).all()
+
+
 def test_a_set_of_prompts_and_methods_of_layout() -> None:
     pipeline = SubjectsPipeline(tiny.sd())
     result = pipeline([PROMPT, "a red cat and a dog"], two(), method=["region-mask", "magic-face"], bias=1.0, **FEW)
@@ -75,6 +87,12 @@ def test_a_set_of_prompts_and_methods_of_layout() -> None:
         "consistent-self-attention",
         "shared-attention",
         "delayed-subject",
+        "masked-reference",
+        "time-aware-reference",
+        "object-masks",
+        "in-context-mask",
+        "localized-residual",
+        "masked-adain",
     ]
 
 
@@ -157,9 +175,39 @@ def test_a_reference_is_moved_to_its_region() -> None:
 def test_the_rows_of_the_bench() -> None:
     ways = parse_ways(METHODS)
     assert ways[1].label == PLAIN
-    assert [way.boxes for way in ways if "region-mask" in way.label] == [True] * 6
+    assert [way.boxes for way in ways if "region-mask" in way.label] == [True] * 7
     with pytest.raises(ac.ControlError, match="is unknown"):
         parse_ways("magic")
+
+
+def test_how_far_pictures_are_apart() -> None:
+    black, grey = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 51, np.uint8)
+    assert difference(black, black) == 0
+    assert difference(black, grey) == difference(grey, black) == pytest.approx(0.2)
+
+
+def test_memory_is_what_lives_at_one_time() -> None:
+    def run() -> None:
+        first = torch.ones(1000)  # 4 kB
+        second = first * 2
+        del first
+        shown = second.view(10, 100)
+        assert (shown + 1).shape == (10, 100)  # beside the second, of which the view is
+
+    assert peak_bytes(torch.device("cpu"), run) == 8000
+
+
+def test_memory_grows_linearly_with_the_references() -> None:
+    pipe = tiny.sd()
+
+    def held(count: int) -> int:
+        subjects = [ac.Subject("cat", [picture(n) for n in range(count)], region=LEFT)]
+        draw = SubjectsPipeline(pipe)
+        return peak_bytes(pipe.device, lambda: draw(PROMPT, subjects, method="magic-face", from_layer=0.0, **FEW))
+
+    one, two_, four = held(1), held(2), held(4)
+    assert two_ > one
+    assert (four - two_) / 2 == pytest.approx(two_ - one, rel=0.25)
 
 
 def test_a_measured_row(tmp_path: Path) -> None:
@@ -174,6 +222,9 @@ def test_a_measured_row(tmp_path: Path) -> None:
         "region-mask+magic-face:boxes",
     ]
     assert all(set(row["metrics"]) == set(TABLE) for row in rows)
+    none, one = (row["metrics"]["memory"]["value"] for row in rows[:2])
+    assert 0 < none < one
+    assert rows[0]["metrics"]["diversity"]["value"] > 0
     (task,) = make_subject_tasks(1, 1)
     (spec,) = parse_methods("none")
     assert draw_subjects(pipe, task, Way("none", spec, False), settings).size == (32, 32)

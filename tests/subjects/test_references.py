@@ -149,6 +149,15 @@ def test_gate_and_replacement() -> None:
     torch.testing.assert_close(placed[:, 2], (plain + second)[:, 2] / 2)
 
 
+def test_a_picture_with_the_references_queries_gets_what_the_reference_gets() -> None:
+    given = call()
+    query = given.query.clone()
+    query[0] = query[1]
+    given = given.change(query=query)
+    look = Look(1, torch.arange(4), torch.ones(1, 4, dtype=torch.bool), slice(0, 1))
+    torch.testing.assert_close(attended(with_looks(given, [look], "replace"))[0], attended(given)[1])
+
+
 @pytest.mark.parametrize("how", ["bias", "gate", "replace"])
 def test_looks_that_show_nothing_are_left_out(how: str) -> None:
     given = call()

@@ -35,6 +35,7 @@ class DelayedSubject(Control):
 
     paper: ClassVar[str] = "arXiv 2305.10431"
     fixes: ClassVar[str] = "an embedded subject that decides the whole layout"
+    needs_rows: ClassVar[bool] = False
 
     where: Where = field(default=Where(kinds=("cross",)), kw_only=True)
     embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)

@@ -38,13 +38,18 @@ class References:
     _cells: dict[tuple[int, Grid], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sampling: Sampling, subjects: Sequence[Subject], who: str) -> References:
-        """Raises ControlError where the run has no rows for the references, or is of a video."""
+    def of(cls, sampling: Sampling, subjects: Sequence[Subject], who: str, *, needed: bool = True) -> References:
+        """needed: False where references are shown to nobody, and the run may have rows for them or not.
+
+        Raises ControlError where the run has no rows for the references, or is of a video.
+        """
         for subject in subjects:
             if not isinstance(subject, Subject):
                 raise ControlError(f"{who}: {subject!r} is not a subject: give Subject(phrase, image).")
         count = sum(len(subject.references) for subject in subjects)
-        if sampling.prompt_count <= count:
+        if not needed and (sampling.prompts or [])[-count:] != reference_prompts(subjects):
+            count = 0
+        elif sampling.prompt_count <= count:
             raise ControlError(
                 f"{who} needs a row of the run for each of {count} references, after those of the pictures: call the "
                 "pipeline with prompt=[picture, *reference_prompts(subjects)], or use SubjectsPipeline."
@@ -89,15 +94,16 @@ def reference_prompts(subjects: Sequence[Subject]) -> list[str]:
 class Look:
     """What some pictures see of one row: the tokens `index` of its latents, (cells,), which may repeat.
 
-    who: bool (pictures, latent tokens), which queries look. rows: those of these pictures in the batch. bias: added to
-    their logits. strength: of the subject.
+    who: (pictures, latent tokens), which queries look, bool, or in [0, 1] how much of it they get where looks are
+    softmaxes of their own. rows: those of these pictures in the batch. bias: added to their logits, a number or
+    (pictures, latent tokens). strength: of the subject.
     """
 
     row: int
     index: torch.Tensor
     who: torch.Tensor
     rows: slice
-    bias: float = 0.0
+    bias: float | torch.Tensor = 0.0
     strength: float = 1.0
 
 
@@ -139,7 +145,9 @@ def with_looks(call: Call, looks: Sequence[Look], how: str) -> Call:
     if how == "bias":
         streams = []
         for one, who in zip(looks, sees, strict=True):
-            offset = torch.where(who > 0, one.bias + math.log(one.strength), float("-inf"))
+            added = torch.zeros_like(who)
+            added[:, 0, call.queries.latent, 0] += one.bias
+            offset = torch.where(who > 0, added + math.log(one.strength), float("-inf"))
             streams.append(Stream(*_seen(call, one), 1.0, offset=offset, rows=one.rows))
         return call.change(streams=(*call.streams, *streams))
     total, most = torch.zeros(2, len(call.query), 1, call.query.shape[2], 1, device=call.query.device)
