@@ -170,7 +170,7 @@ class Forward:
                 continue
             if work.observe is not None:
                 observe_only(self._call(site, given, chunk), work)
-            outputs.append(whole[chunk.rows] if whole is not None else stock(**given.of(chunk.rows)._asdict(), **more))
+            outputs.append(whole[chunk.rows] if whole is not None else _called(stock, given.of(chunk.rows), more))
         return torch.cat(outputs)
 
     def _work(self, site: Site, chunk: Chunk, active: tuple[Active, ...]) -> Work:
@@ -230,6 +230,11 @@ class Forward:
             mask=mask,
             project=self.known.project(site.name, given.heads),
         )
+
+
+def _called(stock: Callable[..., torch.Tensor], given: Given, more: dict[str, Any]) -> torch.Tensor:
+    # ComfyUI's functions agree on the order of the first four, not on their names.
+    return stock(*given[:4], **dict(zip(Given._fields[4:], given[4:], strict=True)), **more)
 
 
 def _after(prior: Callable[..., torch.Tensor], func: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -18,10 +18,14 @@ CHANNELS, WIDTH, HEADS, TEXT, TOKENS = 4, 16, 2, 12, 8
 
 # attention ------------------------------------------------------------------------------------------------------
 def backend(
-    q: Any, k: Any, v: Any, heads: int, mask: Any = None, attn_precision: Any = None, skip_reshape: bool = False,
+    query: Any, key: Any, value: Any, heads: int, mask: Any = None, attn_precision: Any = None, skip_reshape: bool = False,
     skip_output_reshape: bool = False, **kwargs: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """An attention function of the host: (batch, tokens, heads * head_dim), or split with skip_reshape."""
+    """An attention function of the host: (batch, tokens, heads * head_dim), or split with skip_reshape.
+
+    The host's functions name the first three as they like.
+    """
+    q, k, v = query, key, value
     if not skip_reshape:
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     if mask is not None and mask.ndim == 3:
