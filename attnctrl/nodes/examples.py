@@ -79,8 +79,8 @@ def _port(text: str) -> Port:
 
 
 def _core(id: str, inputs: str, outputs: str) -> Node:
-    ports = (tuple(_port(one) for one in some.split()) for some in (inputs, outputs))
-    return Node(id, id, "", "", *ports, run=lambda: ())
+    takes, gives = (tuple(_port(one) for one in some.split()) for some in (inputs, outputs))
+    return Node(id, id, "", "", takes, gives, run=lambda: ())
 
 
 CORE = (
@@ -124,7 +124,7 @@ def as_workflow(graph: Graph) -> dict[str, Any]:
         column = max((columns[v[0]] + 1 for v in given.values() if isinstance(v, list)), default=0)
         columns[name] = column
         row = sum(c == column for c in columns.values()) - 1
-        inputs = []
+        inputs: list[dict[str, Any]] = []
         for port in (p for p in node.inputs if not p.widget):
             link = None
             if port.name in given:

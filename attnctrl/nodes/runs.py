@@ -82,7 +82,7 @@ class Run:
             options["transformer_options"] = {**options["transformer_options"], ASKING: control}
             (found,) = predict(args["model"], [args["cond"]], args["input"], args["sigma"], options)
             acted.append(self._calls(control) > before)
-            return found  # type: ignore[no-any-return]
+            return found
 
         own = args["cond_denoised"]
         prediction = Prediction(own, args["uncond_denoised"], combined, again, _none, _none, _none, own)

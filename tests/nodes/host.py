@@ -18,8 +18,8 @@ CHANNELS, WIDTH, HEADS, TEXT, TOKENS = 4, 16, 2, 12, 8
 
 # attention ------------------------------------------------------------------------------------------------------
 def backend(
-    query: Any, key: Any, value: Any, heads: int, mask: Any = None, attn_precision: Any = None, skip_reshape: bool = False,
-    skip_output_reshape: bool = False, **kwargs: Any,
+    query: Any, key: Any, value: Any, heads: int, mask: Any = None, attn_precision: Any = None,
+    skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any,
 ) -> torch.Tensor:  # fmt: skip
     """An attention function of the host: (batch, tokens, heads * head_dim), or split with skip_reshape.
 

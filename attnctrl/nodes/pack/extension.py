@@ -42,7 +42,9 @@ def as_input(port: Port) -> Any:
             port.name, default=port.default, min=port.low, max=port.high, step=0.01, round=False, **more
         )
     if port.kind == "INT":
-        return io.Int.Input(port.name, default=port.default, min=int(port.low), max=int(port.high), step=1, **more)
+        return io.Int.Input(
+            port.name, default=port.default, min=int(port.low or 0), max=int(port.high or 0), step=1, **more
+        )
     if port.kind == "BOOLEAN":
         return io.Boolean.Input(port.name, default=port.default, **more)
     if port.kind == "COMBO":
@@ -57,7 +59,7 @@ def as_output(port: Port) -> Any:
 
 
 def as_class(node: Node) -> type[io.ComfyNode]:
-    def define_schema(cls: type) -> io.Schema:
+    def define_schema(cls: Any) -> io.Schema:
         return io.Schema(
             node_id=node.id,
             display_name=node.title,
@@ -67,7 +69,7 @@ def as_class(node: Node) -> type[io.ComfyNode]:
             outputs=[as_output(port) for port in node.outputs],
         )
 
-    def execute(cls: type, **inputs: Any) -> io.NodeOutput:
+    def execute(cls: Any, **inputs: Any) -> io.NodeOutput:
         return io.NodeOutput(*node.run(**inputs, **{name: HOST[name]() for name in node.needs}))
 
     return type(
