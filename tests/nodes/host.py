@@ -176,6 +176,53 @@ class WanModel(nn.Module):
         return self.leave(h).transpose(1, 2).reshape(x.shape)
 
 
+class FluxBlock(nn.Module):
+    """Text and latents in one sequence, text first, heads split already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, both: torch.Tensor, options: dict) -> torch.Tensor:
+        q, k, v = self.qkv(both).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        out = optimized_attention(q, k, v, HEADS, skip_reshape=True, mask=None, transformer_options=options)
+        return both + self.out(out)
+
+
+class Flux(nn.Module):
+    """Blocks of two streams, then of one; a picture's latents are tokens."""
+
+    patch_size = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.read, self.leave = (
+            nn.Linear(a, b) for a, b in ((CHANNELS, WIDTH), (TEXT, WIDTH), (WIDTH, CHANNELS))
+        )
+        self.double_blocks, self.single_blocks = (nn.ModuleList(FluxBlock() for _ in range(count)) for count in (1, 2))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, options: dict) -> torch.Tensor:
+        img, txt = self.enter(x.flatten(2).transpose(1, 2)), self.read(context)
+        table, count = options.get("patches_replace", {}).get("dit", {}), txt.shape[1]
+
+        def double(args: dict) -> dict:
+            both = self.double_blocks[0](torch.cat([args["txt"], args["img"]], dim=1), args["transformer_options"])
+            return {"txt": both[:, :count], "img": both[:, count:]}
+
+        args = {"img": img, "txt": txt, "transformer_options": options}
+        key = ("double_block", 0)
+        out = table[key](args, {"original_block": double}) if key in table else double(args)
+        both = torch.cat([out["txt"], out["img"]], dim=1)
+        for i, block in enumerate(self.single_blocks):
+
+            def single(args: dict, block: nn.Module = block) -> dict:
+                return {"img": block(args["img"], args["transformer_options"])}
+
+            args, key = {"img": both, "transformer_options": options}, ("single_block", i)
+            both = (table[key](args, {"original_block": single}) if key in table else single(args))["img"]
+        return self.leave(both[:, count:]).transpose(1, 2).reshape(x.shape)
+
+
 # model and patcher ----------------------------------------------------------------------------------------------
 class Executor:
     """A chain of wrappers around a function."""
@@ -350,4 +397,4 @@ def made(network: Callable[[], nn.Module], seed: int = 0) -> Patcher:
     return Patcher(BaseModel(network()).requires_grad_(False))
 
 
-unet, wan = partial(made, UNetModel), partial(made, WanModel)
+unet, wan, flux = partial(made, UNetModel), partial(made, WanModel), partial(made, Flux)

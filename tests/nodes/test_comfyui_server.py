@@ -148,3 +148,14 @@ def test_values_out_of_range_and_missing_regions_are_refused(server: None, log: 
     failed = next(m for kind, m in history["status"]["messages"] if kind == "execution_error")
     assert "loco places objects in regions: connect at least one." in failed["exception_message"]
     log += [f"no regions: {failed['exception_type'].rpartition('.')[2]}: {failed['exception_message'].strip()}"]
+
+
+@pytest.mark.parametrize("name", ["layout-native", "region-prompts-native"])
+def test_native_examples_lack_nothing_but_a_checkpoint(server: None, log: list[str], name: str) -> None:
+    from attnctrl.nodes.examples import EXAMPLES, as_prompt
+
+    with pytest.raises(HTTPError) as refused:
+        ask("/prompt", {"prompt": as_prompt(EXAMPLES[name]), "client_id": "tests"})
+    errors = json.loads(refused.value.read())["node_errors"]
+    assert {one["class_type"] for one in errors.values()} == {"CheckpointLoaderSimple"}
+    log += [f"{name}: refused for its checkpoint alone, of which there is none"]

@@ -269,6 +269,32 @@ def test_draft_visits_the_blocks_with_the_highest_means(positive: Any, negative:
     close(host.sample(model, latents, positive, negative), wanted, stock)
 
 
+def test_in_one_sequence_the_latents_follow_the_text(words: Any, positive: Any, negative: Any) -> None:
+    """SoftPAG in the middle of a model with joint attention: the rows of latents are their own values, text stays."""
+    calls: list[int] = []
+
+    def override(func: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        out = func(q, k, v, *args, **kwargs)
+        if len(calls) % 3 == 2:
+            out[:, host.TOKENS :] = v.transpose(1, 2).flatten(2)[:, host.TOKENS :]
+        return out
+
+    def guide(args: dict) -> torch.Tensor:
+        given = args["model_options"]["transformer_options"]
+        options = {"transformer_options": {**given, "optimized_attention_override": override}}
+        (found,) = host.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"] + 2.0 * (args["cond_denoised"] - found)
+
+    plain = host.flux()
+    plain.set_model_sampler_post_cfg_function(guide)
+    model = apply("AttnCtrlSoftPAG", host.flux(), scale=2.0)
+    wanted, stock = (host.sample(m, noise(), positive, negative) for m in (plain, host.flux()))
+    close(host.sample(model, noise(), positive, negative), wanted, stock)
+    masked = apply("AttnCtrlRegionMask", host.flux(), regions=region("red circle", **BOX)[0], words=words)
+    assert not torch.equal(host.sample(masked, noise(), positive, negative), stock)
+
+
 # what holds for all ------------------------------------------------------------------------------------------------
 NOTHING: dict[str, dict[str, Any]] = {
     "AttnCtrlRegionMask": {"weight": 0.0, "boost": 0.0},

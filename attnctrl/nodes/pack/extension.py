@@ -69,7 +69,7 @@ def as_class(node: Node) -> type[io.ComfyNode]:
             outputs=[as_output(port) for port in node.outputs],
         )
 
-    def execute(cls: Any, **inputs: Any) -> io.NodeOutput:
+    def execute(cls: Any, /, **inputs: Any) -> io.NodeOutput:
         return io.NodeOutput(*node.run(**inputs, **{name: HOST[name]() for name in node.needs}))
 
     return type(
