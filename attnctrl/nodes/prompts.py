@@ -31,6 +31,10 @@ class Prompts:
             known |= {} if asked.placed is None else asked.placed.texts
         return stacked([known[text] for text in texts])
 
+    def room(self, text: int) -> int:
+        """So many tokens that the words of the prompt have their places, also for a call with a shorter text alone."""
+        return text if self.words is None else max(text, int(self.words.embeddings.shape[1]))
+
     def holds(self, context: Any, rows: slice, uuid: Any) -> bool:
         """Whether the text of some rows is the prompt whose words are known; True where no words are asked for.
 

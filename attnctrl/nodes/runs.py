@@ -16,6 +16,7 @@ from attnctrl.nodes.plan import APPLY, KEY, Asked, Plan
 from attnctrl.nodes.prompts import Prompts
 from attnctrl.nodes.steps import step_at
 from attnctrl.recording import Recorder
+from attnctrl.report import Report
 from attnctrl.sampling import Active, Sampling
 from attnctrl.sites import Step
 from attnctrl.text import Text
@@ -37,7 +38,8 @@ class Run:
         self.sampling: Sampling | None = None
         self.recorder: Recorder | None = None
         self.size: tuple[int, ...] | None = None
-        self._key: Any = None
+        self.report = Report()
+        self._begun: dict[Any, tuple[Sampling, Recorder | None]] = {}
         self._steps: dict[float, Step] = {}
         self.prompts = Prompts(self.plan, self.decline)
         self.declined: dict[str, None] = {}
@@ -113,24 +115,27 @@ class Run:
         if known.kind == "flux" and repeated:
             self.decline("the prompt is repeated to the length of another text: use texts of one length")
             own = [False] * len(own)
-        self._begin(model, known, latents, context, pictures, text, 1 in numbers)
-        assert self.sampling is not None
-        self.sampling.step = step
         cut = self.size is not None and self.size != tuple(latents.shape[2:])
         if cut:
             self.decline("a conditioning is for a part of the picture, where regions and maps are not known")
+        self._begin(model, known, latents, pictures, text, cut)
+        assert self.sampling is not None
+        self.sampling.step = step
         chunks = []
         for number, one, mine in zip(numbers, rows, own, strict=True):
             branch, mine = BRANCHES[number], mine and not cut
-            active = tuple(a for a in self.sampling.active if self._acts(a, step, branch, mine, cut, asking))
+            active = tuple(a for a in self.sampling.active if self._acts(a, step, branch, mine, asking))
             chunks.append(Chunk(branch, one, active, mine))
         recorder, edited = self.recorder if asking is None else None, self._edited(context, chunks, text)
         if not any(chunk.active or (chunk.own and recorder) for chunk in chunks):
             return None, edited
         forward = Forward(
             known, self.sampling.latent_grid, step, chunks, text, repeated, self.sampling.by_site,
-            self.sampling.report, recorder, self.decline,
+            self.report, recorder, self.decline,
         )  # fmt: skip
+        if recorder is not None and any(own):
+            for recorded in self.plan.recorded:
+                recorded.maps = recorder.maps
         return forward, edited
 
     def _in_time(self, step: Step) -> bool:
@@ -139,49 +144,47 @@ class Run:
             "context" in a.control.points() or step.progress in a.control.window for a in self.plan.asked
         )
 
-    def _acts(self, one: Active, step: Step, branch: str, mine: bool, cut: bool, asking: Any) -> bool:
+    def _acts(self, one: Active, step: Step, branch: str, mine: bool, asking: Any) -> bool:
         asked = self.plan.asked[one.index]
-        if asked.placed is not None and (cut or (branch == "cond" and asked.words is not None and not mine)):
+        if asked.placed is not None and asked.words is not None and branch == "cond" and not mine:
             return False
         return one.control.acts(step, "again" if one.control is asking else branch, one.state)
 
     def _begin(
-        self,
-        model: Any,
-        known: Architecture,
-        latents: torch.Tensor,
-        context: Any,
-        pictures: int,
-        text: int,
-        guided: bool,
+        self, model: Any, known: Architecture, latents: torch.Tensor, pictures: int, text: int, cut: bool
     ) -> None:
-        """The sampling of such latents: every control checks its input and makes its state."""
+        """The sampling of such latents: every control checks its input and makes its state, once for each kind of call.
+
+        ComfyUI may hand over each conditioning in a call of its own, with a text of another length.
+        """
         dtype = getattr(model, "manual_cast_dtype", None) or model.get_dtype()
-        key = (known.grid(latents), pictures, text, latents.device, dtype)
-        if self._key == key:
-            return
-        self._key, words = key, self.plan.words
-        sampling = Sampling(
-            prompts=None if words is None else [words.tokens.prompt],
-            tokenize=self.prompts.tokenize,
-            images_per_prompt=pictures,
-            prompt_count=1,
-            guided=guided,
-            text_tokens=text,
-            encode=lambda texts: Text(self.prompts.encode(texts).to(latents.device, dtype)),
-            sites=list(known.sites),
-        )
-        sampling.latent_grid, sampling.device, sampling.dtype = known.grid(latents), latents.device, dtype
-        for index, asked in enumerate(self.plan.asked):
-            control = asked.control
-            active = Active(index, control, control.begin(sampling), frozenset(control.points()))
-            sampling.active.append(active)
-            for site in control.sites(sampling) if active.points & set(ATTENTION_POINTS) else ():
-                sampling.by_site.setdefault(site.name, []).append(active)
-        self.sampling = sampling
-        self.recorder = Recorder.make(sampling, [], self.plan.phrases, {}) if self.plan.phrases else None
-        for one in self.plan.recorded:
-            one.maps = sampling.maps
+        grid, text = known.grid(latents), self.prompts.room(text)
+        key = (grid, pictures, text, cut, latents.device, dtype)
+        if key not in self._begun:
+            sampling = Sampling(
+                prompts=None if self.prompts.words is None else [self.prompts.words.tokens.prompt],
+                tokenize=self.prompts.tokenize,
+                images_per_prompt=pictures,
+                prompt_count=1,
+                guided=True,
+                text_tokens=text,
+                encode=lambda texts: Text(self.prompts.encode(texts).to(latents.device, dtype)),
+                sites=list(known.sites),
+                report=self.report,
+            )
+            sampling.latent_grid, sampling.device, sampling.dtype = grid, latents.device, dtype
+            for index, asked in enumerate(self.plan.asked):
+                if cut and asked.placed is not None:
+                    continue
+                control = asked.control
+                active = Active(index, control, control.begin(sampling), frozenset(control.points()))
+                sampling.active.append(active)
+                for site in control.sites(sampling) if active.points & set(ATTENTION_POINTS) else ():
+                    sampling.by_site.setdefault(site.name, []).append(active)
+            records = bool(self.plan.phrases) and not cut
+            recorder = Recorder.make(sampling, [], self.plan.phrases, {}) if records else None
+            self._begun[key] = sampling, recorder
+        self.sampling, self.recorder = self._begun[key]
 
     def _edited(self, context: Any, chunks: Sequence[Chunk], text: int) -> Any:
         """The text as the controls edit it, in the rows of the prompt; the same tensor where none does."""
@@ -204,9 +207,8 @@ class Run:
         return self._steps[sigma]
 
     def _calls(self, control: Any) -> int:
-        rows = {} if self.sampling is None else self.sampling.report.rows
         index = next(i for i, asked in enumerate(self.plan.asked) if asked.control is control)
-        return sum(row.calls for (of, _), row in rows.items() if of == index)
+        return sum(row.calls for (of, _), row in self.report.rows.items() if of == index)
 
     def decline(self, reason: str) -> None:
         """Say once a sampling why something stays as it is."""
@@ -215,13 +217,12 @@ class Run:
             logger.warning("attnctrl: %s.", reason)
 
     def _tell(self) -> None:
-        report = None if self.sampling is None else self.sampling.report
         for index, asked in enumerate(self.plan.asked):
-            if report is None or not report.acted(index):
+            if not self.report.acted(index):
                 name, window = asked.control.name, asked.control.window
                 self.decline(f"{name} acted nowhere in the part {window.start:g} to {window.end:g} of this sampling")
-        if report is not None and report.rows:
-            logger.info("attnctrl: what acted\n%s", report)
+        if self.report.rows:
+            logger.info("attnctrl: what acted\n%s", self.report)
 
 
 def run_of(model_options: dict[str, Any]) -> Run:
