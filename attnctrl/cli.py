@@ -20,6 +20,7 @@ COMMANDS = {
     "methods": ("attnctrl.commands.methods", "list the methods with their parameters"),
     "bench": ("attnctrl.bench", "measure methods, side by side, on the shapes world"),
     "ui": ("attnctrl.commands.ui", "serve the web page"),
+    "export-comfy": ("attnctrl.commands.export_comfy", "write the nodes for ComfyUI"),
     "train-shapes": ("attnctrl.shapes.train", "train a shipped model anew"),
 }
 """Each command's module, with `add_arguments` and `main`, and what it does."""

@@ -6,14 +6,19 @@ import argparse
 from dataclasses import Field
 
 from attnctrl.controls import REGISTRY, method
+from attnctrl.fields import paper_link
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="show one method with its parameters")
+    parser.add_argument("--page", action="store_true", help="print docs/methods.md")
 
 
 def main(args: argparse.Namespace) -> int:
     """List every method, or one with its parameters, ranges and defaults."""
+    if args.page:
+        print(page(), end="")
+        return 0
     if args.name:
         print(describe(args.name))
         return 0
@@ -39,3 +44,22 @@ def _signature(field: Field) -> str:
     return f"{field.name} = {field.default!r}{limits}{' of ' + '|'.join(map(str, choices)) if choices else ''}".ljust(
         40
     )
+
+
+def page() -> str:
+    """docs/methods.md: every registered method by its task, with its paper, its parameters and its ComfyUI nodes."""
+    from attnctrl.nodes.catalog import nodes_of
+
+    lines = [
+        "# Methods",
+        "",
+        "Made from the registry by `attnctrl methods --page`; `attnctrl methods NAME` tells more.",
+    ]
+    for task in dict.fromkeys(one.task for one in REGISTRY.values()):
+        lines += ["", f"## {task.capitalize()}", "", "| name | class | for | source | parameters | ComfyUI nodes |"]
+        lines.append("|---|---|---|---|---|---|")
+        for of in (one for one in REGISTRY.values() if one.task == task):
+            cells = [of.name, of.control.__name__, of.control.fixes, paper_link(of), ", ".join(of.params)]
+            cells.append(", ".join(node.id for node in nodes_of(of.name)))
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
