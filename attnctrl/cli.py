@@ -20,6 +20,7 @@ COMMANDS = {
     "methods": ("attnctrl.commands.methods", "list the methods with their parameters"),
     "bench": ("attnctrl.bench", "measure methods, side by side, on the shapes world"),
     "train-shapes": ("attnctrl.shapes.train", "train a shipped model anew"),
+    "train-subjects": ("attnctrl.training.train", "fine-tune words and a LoRA for subjects, with losses on attention"),
 }
 """Each command's module, with `add_arguments` and `main`, and what it does."""
 
