@@ -149,7 +149,7 @@ def table(rows: Sequence[Row], metrics: Sequence[str] = TABLE) -> str:
 def main(args: argparse.Namespace) -> int:
     """Train, draw, judge, print; 0 on success."""
     torch.set_flush_denormal(True)
-    recipe = Recipe(steps=args.steps, batch=args.batch, scenes=args.scenes, subjects=args.subjects)
+    recipe = Recipe(steps=args.steps, batch=args.batch, scenes=args.scenes, subjects=args.subjects, alike=args.alike)
     varied = ("loss", "weight", "seed")
     kept = {name: value for name, value in asdict(recipe).items() if name not in varied}
     settings = {"recipe": kept, "steps": args.sampling_steps, "guidance": 3.5, "images": args.images}
@@ -175,6 +175,7 @@ if __name__ == "__main__":
     _parser.add_argument("--steps", type=int, default=Recipe.steps, help="of training (default %(default)s)")
     _parser.add_argument("--batch", type=int, default=Recipe.batch)
     _parser.add_argument("--scenes", type=int, default=Recipe.scenes)
+    _parser.add_argument("--alike", action="store_true", help="one shape for the two of a training scene")
     _parser.add_argument("--subjects", type=int, default=Recipe.subjects)
     try:
         raise SystemExit(main(_parser.parse_args()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from attnctrl.errors import ControlError
 from attnctrl.prompt import Reader
 from attnctrl.shapes.captions import article
 from attnctrl.shapes.render import render, thing_mask
-from attnctrl.shapes.world import BACKGROUNDS, Scene, Thing, place, sample_pairs, scene_rng
+from attnctrl.shapes.world import BACKGROUNDS, HELD_OUT, SHAPES, Scene, Thing, place, sample_pairs, scene_rng
 
 RADII = (0.12, 0.20)
 VIEW_RADII = (0.16, 0.20)
@@ -83,21 +83,22 @@ class Scenes:
     """The rendered scenes of one fine-tuning, encoded once; every batch is a function of (seed, number) alone.
 
     Each scene shows two subjects that belong together, anywhere, on any ground; each subject has one further picture
-    that shows it alone, its reference. The tokenizer must know the words already.
+    that shows it alone, its reference. alike: the two of a scene have one shape, any, so that the caption does not say
+    which of them is which: "a <s0> heart and a <s1> heart". The tokenizer must know the words already.
     """
 
-    def __init__(self, pipe: Any, subjects: tuple[Taught, ...], count: int, seed: int = 0) -> None:
+    def __init__(self, pipe: Any, subjects: tuple[Taught, ...], count: int, seed: int = 0, alike: bool = False) -> None:
         self.seed, self.steps = seed, int(pipe.scheduler.config.num_train_timesteps)
         self.subjects, self.reader = subjects, Reader(pipe.tokenizer)
         rng = scene_rng(seed + _STREAM, 1)
         pairs = [list(range(i, i + 2)) for i in range(0, len(subjects), 2)]
         self.chosen = torch.tensor([pairs[i % len(pairs)][:: 1 if rng.random() < 0.5 else -1] for i in range(count)])
-        scenes = [self._scene([subjects[i] for i in row], rng) for row in self.chosen.tolist()]
+        shown = [[subjects[i] for i in row] for row in self.chosen.tolist()]
+        if alike:
+            shown = [self._of_one_shape(pair, rng) for pair in shown]
+        scenes = [self._scene(pair, rng) for pair in shown]
         views = [self._view(subject, rng) for subject in subjects]
-        captions = [
-            caption_of([subjects[i] for i in row], scene.background)
-            for row, scene in zip(self.chosen.tolist(), scenes, strict=True)
-        ]
+        captions = [caption_of(pair, scene.background) for pair, scene in zip(shown, scenes, strict=True)]
         view_captions = [caption_of([s], view.background) for s, view in zip(subjects, views, strict=True)]
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.pictures, self.views = render(scenes, side, rng), render(views, side)
@@ -106,7 +107,7 @@ class Scenes:
         chunks = [encode_picture(pipe, part, side, side) for part in torch.cat([self.pictures, self.views]).split(16)]
         self.latents, self.view_latents = torch.cat(chunks).float().cpu().split([count, len(subjects)])
         self.ids, self.view_ids = (self._ids(pipe.tokenizer, texts) for texts in (captions, view_captions))
-        named = [[subjects[i].name for i in row] for row in self.chosen.tolist()]
+        named = [[subject.name for subject in pair] for pair in shown]
         self.words = torch.stack([self._tokens(text, phrases) for text, phrases in zip(captions, named, strict=True)])
         grounds = [f"{article(scene.background)} {scene.background} background" for scene in scenes]
         self.ground = torch.stack([self._tokens(t, [g]) for t, g in zip(captions, grounds, strict=True)])
@@ -143,6 +144,11 @@ class Scenes:
             self.views[who],
             self.view_masks[who],
         )
+
+    def _of_one_shape(self, pair: list[Taught], rng: Any) -> list[Taught]:
+        shapes = [shape for shape in SHAPES if not any((s.colour, shape) in HELD_OUT for s in pair)]
+        shape = shapes[int(rng.integers(len(shapes)))]
+        return [replace(subject, shape=shape) for subject in pair]
 
     def _scene(self, shown: list[Taught], rng: Any) -> Scene:
         while (spots := place(rng, [float(rng.uniform(*RADII)) for _ in shown])) is None:

@@ -33,15 +33,16 @@ class Recipe:
     """Settings of a fine-tuning.
 
     loss: a name of `objectives.OBJECTIVES`, or "none"; weight: its factor, None for the objective's own. subjects: 2,
-    4, 6 or 8, two to a scene; scenes: how many are rendered. batch: scenes of one backward pass, over all processes;
-    accumulate: backward passes of one step. word_rate, lora_rate: learning rates of Adam, which rise over `warmup`
-    steps and fall to 0 by a half cosine. rank: of the LoRA.
+    4, 6 or 8, two to a scene; scenes: how many are rendered; alike: whether the two of a scene have one shape. batch:
+    scenes of one backward pass, over all processes; accumulate: backward passes of one step. word_rate, lora_rate:
+    learning rates of Adam, which rise over `warmup` steps and fall to 0 by a half cosine. rank: of the LoRA.
     """
 
     loss: str = "none"
     weight: float | None = None
     subjects: int = 8
     scenes: int = 64
+    alike: bool = False
     steps: int = 300
     batch: int = 8
     accumulate: int = 1
@@ -79,7 +80,7 @@ def train(
     pipe = load_pipeline(model, device=accelerator.device, dtype=torch.float32)
     subjects = taught_subjects(recipe.subjects, recipe.seed)
     learner = Learner(pipe, [subject.word for subject in subjects], recipe.rank)
-    scenes = Scenes(pipe, subjects, recipe.scenes, recipe.seed)
+    scenes = Scenes(pipe, subjects, recipe.scenes, recipe.seed, recipe.alike)
     rates = (recipe.lora_rate, recipe.word_rate)
     groups = [{"params": learner.lora(), "lr": rates[0]}, {"params": [learner.words], "lr": rates[1]}]
     optimiser: Any = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -141,6 +142,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight", type=float, help="of that loss beside the denoising loss; default: its own")
     parser.add_argument("--subjects", type=int, default=base.subjects, help="2, 4, 6 or 8, two to a scene")
     parser.add_argument("--scenes", type=int, default=base.scenes, help="how many are rendered (default %(default)s)")
+    parser.add_argument(
+        "--alike", action="store_true", help="one shape for the two of a scene: only masks tell which word is whose"
+    )
     parser.add_argument("--steps", type=int, default=base.steps, help="default %(default)s")
     parser.add_argument("--batch", type=int, default=base.batch, help="scenes of a backward pass, over all processes")
     parser.add_argument("--accumulate", type=int, default=base.accumulate, help="backward passes of a step")
