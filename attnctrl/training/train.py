@@ -82,7 +82,10 @@ def train(
     learner = Learner(pipe, [subject.word for subject in subjects], recipe.rank)
     scenes = Scenes(pipe, subjects, recipe.scenes, recipe.seed, recipe.alike)
     rates = (recipe.lora_rate, recipe.word_rate)
-    groups = [{"params": learner.lora(), "lr": rates[0]}, {"params": [learner.words], "lr": rates[1]}]
+    groups: list[dict[str, Any]] = [
+        {"params": learner.lora(), "lr": rates[0]},
+        {"params": [learner.words], "lr": rates[1]},
+    ]
     optimiser: Any = torch.optim.AdamW(groups, weight_decay=0.0)
     model_, optimiser = accelerator.prepare(learner.train(), optimiser)
     state = {"trained": learner.trained(), "optimiser": optimiser}

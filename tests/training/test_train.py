@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -199,18 +197,19 @@ def test_what_cannot_be_trained_says_why(model: str, tmp_path: Path, capsys: pyt
         Learner(pipe, ["<s0>"], 2)
 
 
+def _member(recipe: Recipe, out: Path, model: str) -> None:
+    train(recipe, out, model=model, cpu=True)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(model: str, tmp_path: Path) -> None:
-    """Two CPU processes under gloo, each with half of every batch: the command ends with the weights of one process."""
-    words = ["--loss", "localisation", "--weight", "1", "--model", model, "--cpu"]
-    words += ["--subjects", "2", "--scenes", "4", "--steps", "3", "--batch", "4", "--rank", "2"]
-    assert main(["train-subjects", "--out", str(tmp_path / "one"), *words]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "attnctrl.training.train", "--out", str(tmp_path / "two"), *words]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Two CPU processes under gloo, each with half of every batch, end with the weights of one process."""
+    recipe = Recipe(**{**QUICK, "batch": 4, "steps": 3}, loss="localisation", weight=1.0)
+    debug_launcher(_member, (recipe, tmp_path / "two", model), num_processes=2)
+    train(recipe, tmp_path / "one", model=model, cpu=True)
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[n], two[n], atol=1e-4) for n in one)
+    torch.manual_seed(0)
     start = Learner(load_pipeline(model), ["<s0>", "<s1>"], 2).words
     assert not torch.allclose(one["<s0>"], start[0].detach(), atol=1e-3)
