@@ -58,17 +58,17 @@ def train(
     out: Path,
     *,
     model: str = "shapes-sd",
-    mixed_precision: str = "no",
+    mixed_precision: str | None = None,
     cpu: bool = False,
     resume: bool = False,
-    checkpoint_seconds: float = 180.0,
 ) -> tuple[Any, tuple[Taught, ...]]:
     """Fine-tune; the pipeline with what it learned, and its subjects.
 
     In `out` are then the LoRA and the words (`learner.load_subjects`), what the words stand for, and the checkpoint
     that `resume` continues from: a resumed training repeats an uninterrupted one. Minimised is mean((predicted -
     noise)^2) plus the weighted loss on the maps. Started by `accelerate launch`, every process calls this alike.
-    Raises ControlError for recipes that cannot be, and for models other than Stable Diffusion.
+    mixed_precision: "no", "bf16" or "fp16"; None for what accelerate was launched with. Raises ControlError for recipes
+    that cannot be, and for models other than Stable Diffusion.
     """
     objective = objective_of(recipe.loss)
     accelerator = Accelerator(gradient_accumulation_steps=recipe.accumulate, mixed_precision=mixed_precision, cpu=cpu)
@@ -90,7 +90,7 @@ def train(
     model_, optimiser = accelerator.prepare(learner.train(), optimiser)
     state = {"trained": learner.trained(), "optimiser": optimiser}
     crew = Crew(rank, ranks)
-    stage = Stage(out / CHECKPOINT, Budget(steps=recipe.steps), state, crew, every_seconds=checkpoint_seconds)
+    stage = Stage(out / CHECKPOINT, Budget(steps=recipe.steps), state, crew)
     if resume:
         stage.resume()
     kept = pipe.scheduler.alphas_cumprod.to(accelerator.device)
@@ -156,7 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=base.rank, help="of the LoRA (default %(default)s)")
     parser.add_argument("--seed", type=int, default=base.seed)
     parser.add_argument("--model", default="shapes-sd", help="shapes-sd, a folder or a hub id of Stable Diffusion")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: accelerate's own")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import debug_launcher
+from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -184,11 +184,17 @@ def test_the_stock_pipeline_loads_what_was_learned(model: str, tmp_path: Path) -
     assert not torch.allclose(draw(fresh), draw(pipe), atol=1e-5)
 
 
-def test_what_cannot_be_trained_says_why(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_trained_says_why(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["train-subjects", "--out", str(tmp_path), "--loss", "magic"]) == 2
     assert 'the loss "magic" is not known: choose one of none, localisation' in capsys.readouterr().err
     assert main(["train-subjects", "--out", str(tmp_path), "--batch", "0"]) == 2
     assert "--batch 0: give 1 or more" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "num_processes", property(lambda self: 4))
+        with pytest.raises(ControlError, match="a batch of 2 scenes cannot be shared by 4 processes"):
+            train(Recipe(**QUICK), tmp_path, model=model, cpu=True)
     pipe = load_pipeline(model)
     with pytest.raises(ControlError, match='knows the word "circle</w>" already'):
         add_words(pipe, ["circle</w>"])
