@@ -22,6 +22,7 @@ COMMANDS = {
     "ui": ("attnctrl.commands.ui", "serve the web page"),
     "export-comfy": ("attnctrl.commands.export_comfy", "write the nodes for ComfyUI"),
     "train-shapes": ("attnctrl.shapes.train", "train a shipped model anew"),
+    "train-subjects": ("attnctrl.training.train", "fine-tune words and a LoRA for subjects, with losses on attention"),
 }
 """Each command's module, with `add_arguments` and `main`, and what it does."""
 

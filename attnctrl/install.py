@@ -54,7 +54,7 @@ class Installation:
                 self.foreign[site.name] = type(stock).__name__
                 continue
             ours = self.family.stand_in(stock, site, self)
-            _put(module, ours)
+            put_processor(module, ours)
             self.placed.append((module, ours, stock))
         for denoiser in self.family.denoisers:
             if compiled_in_place(denoiser):
@@ -90,7 +90,7 @@ class Installation:
         for module, ours, stock in self.placed:
             # Someone who exchanged the processor inside the block wants theirs to stay.
             if module.processor is ours:
-                _put(module, stock)
+                put_processor(module, stock)
         for undo in self.undo:
             undo()
 
@@ -112,7 +112,7 @@ class Installation:
         return output
 
 
-def _put(module: Any, processor: Any) -> None:
+def put_processor(module: Any, processor: Any) -> None:
     # Mochi's attention has no `set_processor`.
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
