@@ -1,7 +1,8 @@
-"""Features of residual blocks, for controls that edit what is not attention: a hook of one run on the shared model."""
+"""Features of residual blocks and skip connections, for controls that edit what is not attention: hooks of one run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,18 +16,19 @@ if TYPE_CHECKING:
 
 
 def hook(sampler: Sampler, active: Active, site: Site, edit: FeatureEdit) -> Any:
-    """Have a control edit what the residual block `site` adds, for this sampling; returns the handle that removes it.
+    """Have a control edit what the residual block `site` adds, or what skip connections hand a part of the decoder.
 
-    Raises ControlError under torch.compile, and for sites that are no residual blocks of the model.
+    For this sampling; returns the handle that removes it. Raises ControlError under torch.compile, and for sites that
+    the model has not got.
     """
     who = active.control.name
     if sampler.family.compiled:
         raise ControlError(f"{who} edits features of residual blocks: use the pipeline without torch.compile.")
-    module = next((m for s, m in sampler.family.residuals() if s == site), None)
+    module = next((m for s, m in (*sampler.family.residuals(), *sampler.family.skips()) if s == site), None)
     if module is None:
         raise ControlError(f'{who} wants the features of "{site.name}", which is no residual block of the model.')
 
-    def edited(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def edited(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
         installation = sampler.run.installation
         # The model is shared: other threads' runs, and the samplings before and inside this one, pass.
         if installation is None or installation.current() is not sampler.run or sampler.run.sampler is not sampler:
@@ -34,11 +36,22 @@ def hook(sampler: Sampler, active: Active, site: Site, edit: FeatureEdit) -> Any
         work = sampler.work(site)
         if work is None:
             return None
-        changed = output.clone()
+        changed = tuple(one.clone() for one in features)
         for branch in work.branches:
             if any(one is active for one in work.active[branch.name]):
                 with work.report.timed(active.index, who, "features", work.step.index, site.name):
-                    changed[branch.rows] = edit(output[branch.rows], work.step)
+                    for one, made in zip(features, changed, strict=True):
+                        made[branch.rows] = edit(one[branch.rows], work.step)
         return changed
 
-    return module.register_forward_hook(edited)
+    def added(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        found = edited((output,))
+        return None if found is None else found[0]
+
+    def handed(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        found = edited(kwargs["res_hidden_states_tuple"])
+        return None if found is None else (args, {**kwargs, "res_hidden_states_tuple": found})
+
+    if site.kind == "skip":
+        return module.register_forward_pre_hook(handed, with_kwargs=True)
+    return module.register_forward_hook(added)

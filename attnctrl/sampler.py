@@ -192,6 +192,7 @@ class Sampler:
         sampling.latent_grid = grid
         sampling.device, sampling.dtype = sample.device, sample.dtype
         sampling.residuals = [site for site, _ in self.family.residuals()]
+        sampling.skips = [site for site, _ in self.family.skips()]
         self.run.unhook()
         for index, control in enumerate(self.run.controls):
             if control.idle:

@@ -63,6 +63,7 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "consistent-self-attention": [{"keep": 0.0}, {"anchors": 0}, {"early": 0.0, "late": 0.0}],
     "shared-attention": [{"keep": 0.0}, {"anchors": 0}],
     "delayed-subject": [{"delay": 1.0}],
+    "persona-hoi": [],
     "radial": [],
     "neighborhood-tiles": [],
     "sliding-tile": [],

@@ -64,6 +64,7 @@ from attnctrl.controls.subjects.delayed_subject import DelayedSubject
 from attnctrl.controls.subjects.draw_references import DrawReferences
 from attnctrl.controls.subjects.isolation_reposition import IsolationReposition
 from attnctrl.controls.subjects.magic_face import MagicFace
+from attnctrl.controls.subjects.persona_hoi import PersonaHOI
 from attnctrl.controls.subjects.shared_attention import SharedAttention
 from attnctrl.errors import ControlError
 
@@ -145,6 +146,7 @@ REGISTRY = {
         Method("consistent-self-attention", ConsistentSelfAttention, "subjects"),
         Method("shared-attention", SharedAttention, "subjects"),
         Method("delayed-subject", DelayedSubject, "subjects"),
+        Method("persona-hoi", PersonaHOI, "subjects"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -209,6 +211,7 @@ __all__ = [
     "NeighborhoodTiles",
     "OracleBlocks",
     "Paro",
+    "PersonaHOI",
     "Planned",
     "Radial",
     "RandomBlocks",

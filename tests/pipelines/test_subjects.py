@@ -75,6 +75,7 @@ def test_a_set_of_prompts_and_methods_of_layout() -> None:
         "consistent-self-attention",
         "shared-attention",
         "delayed-subject",
+        "persona-hoi",
     ]
 
 
