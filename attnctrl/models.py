@@ -62,7 +62,9 @@ def side_multiple(pipe: Any) -> int:
     """Pictures of this pipeline have sides of whole multiples of so many pixels."""
     # FLUX's and QwenImage's image processors count the packing of 2x2 latents, Stable Diffusion 3's its patches not.
     packed = int(pipe.image_processor.config.get("vae_scale_factor", 8))
-    return math.lcm(packed, int(pipe.vae_scale_factor) * int(getattr(pipe, "patch_size", 1)))
+    # The pipelines of UNets ask for whole multiples of 8, whatever their autoencoder makes of them.
+    least = 8 if getattr(pipe, "unet", None) is not None else 1
+    return math.lcm(packed, int(pipe.vae_scale_factor) * int(getattr(pipe, "patch_size", 1)), least)
 
 
 def check_area(pipe: Any, width: int, height: int) -> None:

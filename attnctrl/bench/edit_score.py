@@ -69,12 +69,17 @@ def toward(pixels: np.ndarray, before: np.ndarray, colour: str, where: np.ndarra
     return float((nearer[where] > 0.15).mean()) if where.any() else 0.0
 
 
-def coloured(pixels: np.ndarray, colour: str, where: np.ndarray) -> float:
-    """Share of the pixels of a mask that have a colour: the world's nearest to them, within 0.15 in RGB distance."""
+def coloured(pixels: np.ndarray, colour: str) -> np.ndarray:
+    """Which pixels have a colour, bool (h, w): it is the world's nearest to them, within 0.15 in RGB distance."""
     world = {**PALETTE, **GROUND}
-    apart = np.linalg.norm(pixels[where][:, None] - np.array(list(world.values())), axis=-1)
+    apart = np.stack([np.linalg.norm(pixels - np.array(one), axis=-1) for one in world.values()])
     own = list(world).index(colour)
-    return float(((apart.argmin(axis=1) == own) & (apart[:, own] < 0.15)).mean()) if where.any() else 0.0
+    return (apart.argmin(axis=0) == own) & (apart[own] < 0.15)
+
+
+def spilled(pixels: np.ndarray, before: np.ndarray, colour: str, where: np.ndarray) -> float:
+    """Share of the pixels of a mask that have a colour which they did not have."""
+    return float((coloured(pixels, colour) & ~coloured(before, colour))[where].mean())
 
 
 def score_edit(task: EditTask, picture: np.ndarray) -> dict[str, float]:
@@ -82,7 +87,7 @@ def score_edit(task: EditTask, picture: np.ndarray) -> dict[str, float]:
 
     edited, kept: see above. background_psnr, max_error: against the given picture, MARGIN pixels away from all that may
     change. leak_out: share of these pixels that came nearer to a new colour (after TELS of ALE-Bench); leak_in: share
-    of the pixels inside each edit's mask that have another edit's new colour (after TILS), of several edits at once.
+    of the pixels inside each edit's mask that got another edit's colour (after TILS), of several edits at once.
     """
     found, before = detect(picture), np.asarray(task.picture, dtype=np.float64) / 255
     outside = ~grown(task.mask > 0, MARGIN)
@@ -98,7 +103,7 @@ def score_edit(task: EditTask, picture: np.ndarray) -> dict[str, float]:
         pairs = [(i, c) for i in colours for j, c in colours.items() if i != j]
         masks = {i: edit.mask > 0 for i, edit in zip(task.order, task.edits, strict=True)}
         if pairs:
-            scores["leak_in"] = float(np.mean([coloured(picture, c, masks[i]) for i, c in pairs]))
+            scores["leak_in"] = float(np.mean([spilled(picture, before, c, masks[i]) for i, c in pairs]))
     return scores
 
 

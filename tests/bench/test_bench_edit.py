@@ -12,7 +12,7 @@ import attnctrl as ac
 from attnctrl.bench import edit
 from attnctrl.bench.draw import Settings
 from attnctrl.bench.edit import INSTRUCT_METHODS, METHODS, instructed, parse_kinds
-from attnctrl.bench.edit_score import MARGIN, coloured, edited_share, grown, kept_share, score_edit, toward
+from attnctrl.bench.edit_score import MARGIN, coloured, edited_share, grown, kept_share, score_edit, spilled, toward
 from attnctrl.bench.edit_tasks import KINDS, EditTask, make_edits
 from attnctrl.bench.edit_ways import parse_instruct_ways, parse_ways
 from attnctrl.bench.likeness import psnr
@@ -134,7 +134,7 @@ def test_edits_that_exchange_their_colours_leak() -> None:
         pairs = list(task.wanted)
         (shape, colour), (other_shape, other_colour) = pairs[first], pairs[second]
         pairs[first], pairs[second] = (shape, other_colour), (other_shape, colour)
-        assert score_edit(task, wanted(replace(task, wanted=tuple(pairs))))["leak_in"] > 0.2
+        assert score_edit(task, wanted(replace(task, wanted=tuple(pairs))))["leak_in"] > 0.15
 
 
 def test_measures_by_hand() -> None:
@@ -145,8 +145,11 @@ def test_measures_by_hand() -> None:
     red = np.zeros((4, 4, 3))
     red[:2] = (0.86, 0.15, 0.15)
     assert toward(red, black, "red", everywhere) == 0.5
-    assert coloured(red, "red", everywhere) == coloured(red, "black", everywhere) == 0.5
-    assert coloured(red + 0.1, "red", red[..., 0] > 0) == 0.0
+    assert np.array_equal(coloured(red, "red"), red[..., 0] > 0)
+    assert np.array_equal(coloured(red, "black"), red[..., 0] == 0)
+    assert not coloured(red + 0.1, "red").any()
+    assert spilled(red, black, "red", everywhere) == 0.5
+    assert spilled(red, red, "red", everywhere) == 0.0
     dot = np.zeros((128, 128), bool)
     dot[64, 64] = True
     assert grown(dot, MARGIN).sum() == (2 * MARGIN + 1) ** 2

@@ -93,11 +93,15 @@ class AleEdit(Control):
     The run draws the source and its edits together: prompt=[source, edit, ...]. In cross-attention a latent inside an
     object's mask gets the values of an embedding that knows this object alone, outside all of them those of the whole
     prompt (RGB-CAM); an object's words are not seen outside its mask. Until `self_until` the self-attention maps are
-    the source's; until `cross_until` so are the cross-attention maps, an object's words taking the place of those that
-    they replace. Background blending is `SourceBlend`, which EditPipeline adds for masks; the paper's inversion is
-    "virtual". The code also hides an object's words outside its mask, where the paper's formula only blends; so does
-    this, with -inf for its -100. The code splices the joint embedding wrongly for the second and third object; this
-    does not. Families: UNets with CLIP's text encoders.
+    the source's. Background blending is `SourceBlend`, which EditPipeline adds for masks; the paper's inversion is
+    "virtual".
+    Departures: until `cross_until` the cross-attention maps are the source's too, an object's words taking the place
+    of those that they replace, as in Prompt-to-Prompt. The paper leaves it to the new words to find their object
+    (`cross_until` 0), and where the latents still hold the old one they do not: on shapes-sd it loses half of the
+    objects that change. The code hides an object's words outside its mask, where the paper's formula only blends; so
+    does this, with -inf for its -100. The code splices the joint embedding wrongly for the second and third object;
+    this does not.
+    Families: UNets with CLIP's text encoders.
     """
 
     paper: ClassVar[str] = "arXiv 2412.04715"
