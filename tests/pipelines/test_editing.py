@@ -21,8 +21,10 @@ MASK[8:16, 8:16] = 255
 STEPS: dict[str, Any] = {"num_inference_steps": 3, "guidance": 4.0}
 
 
-@pytest.mark.parametrize("method", ["none", "prompt-to-prompt", "mutual-self-attention", "ale-edit", "inpaint-fusion"])
-@pytest.mark.parametrize("inversion", ["direct", "virtual"])
+@pytest.mark.parametrize(
+    "method", ["none", "prompt-to-prompt", "mutual-self-attention", "ale-edit", "inpaint-fusion", "plug-and-play"]
+)
+@pytest.mark.parametrize("inversion", ["direct", "virtual", "edit-friendly"])
 def test_outside_a_mask_the_given_pixels_stay_byte_for_byte(method: str, inversion: str) -> None:
     pipe, given = tiny.sd(), picture()
     before = snapshot(pipe)
