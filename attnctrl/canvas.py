@@ -30,7 +30,7 @@ class Canvas:
 
         Raises ControlError for anything else, and for pictures smaller than one latent.
         """
-        picture = ImageOps.exif_transpose(as_picture(source))
+        picture = as_picture(source)
         alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
         picture = picture.convert("RGB")
         if min(picture.size) < multiple:
@@ -81,9 +81,15 @@ def feathered(mask: Image.Image, feather: int) -> Image.Image:
 
 
 def as_picture(source: Any) -> Image.Image:
-    """A PIL picture as it is, or one of an array; raises ControlError for anything else."""
+    """A PIL picture, or one of an array: upright, with eight bits a channel. Raises ControlError for anything else."""
     if isinstance(source, Image.Image):
-        return source
+        if source.mode in ("I", "F"):
+            raise ControlError(
+                f'the picture is of mode "{source.mode}", whose range is not known: save it with 8 or 16 bits.'
+            )
+        upright = ImageOps.exif_transpose(source)
+        # Pillow's own conversion of 16 bits is white from 255 on.
+        return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)) if upright.mode[:2] == "I;" else upright
     array = np.asarray(source)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
         raise ControlError(

@@ -7,13 +7,14 @@ prompt=[source, edit, ...], with the start's latents, controls (those of `follow
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from PIL import Image
 
 from attnctrl.control import Control
@@ -171,8 +172,15 @@ def rf(job: Job) -> Start:
 
 
 def virtual(job: Job) -> Start:
-    """Nothing is inverted: the edit keeps its distance to the noised source (InfEdit, FlowEdit)."""
-    return Start(None, (VirtualInversion(job.image),))
+    """Nothing is inverted: the edit keeps its distance to the noised source (InfEdit, FlowEdit).
+
+    Models that predict noise draw by DDIM with eta 1, unless the call says otherwise, or by their own consistency
+    sampler: what the edit's prediction is off by then goes with the old noise, in InfEdit all of it.
+    """
+    if "beta_start" in job.pipe.scheduler.config and not isinstance(job.pipe.scheduler, LCMScheduler):
+        use_ddim(job.pipe, 'inversion "virtual"')
+    takes = "eta" in inspect.signature(type(job.pipe).__call__).parameters
+    return Start(None, (VirtualInversion(job.image),), {"eta": 1.0, **job.call} if takes else {})
 
 
 INVERSIONS: dict[str, Callable[[Job], Start]] = {

@@ -13,6 +13,8 @@ from attnctrl.errors import ControlError
 from attnctrl.processors import family_of
 
 SHIPPED = "shapes-"
+LARGEST = 16
+"""How many times the area that a model draws by itself a given picture may have: 2048x2048 pixels for 512x512."""
 
 
 def load_pipeline(model: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
@@ -60,4 +62,20 @@ def side_multiple(pipe: Any) -> int:
     """Pictures of this pipeline have sides of whole multiples of so many pixels."""
     # FLUX's and QwenImage's image processors count the packing of 2x2 latents, Stable Diffusion 3's its patches not.
     packed = int(pipe.image_processor.config.get("vae_scale_factor", 8))
-    return math.lcm(packed, int(pipe.vae_scale_factor) * int(getattr(pipe, "patch_size", 1)))
+    # The pipelines of UNets ask for whole multiples of 8, whatever their autoencoder makes of them.
+    least = 8 if getattr(pipe, "unet", None) is not None else 1
+    return math.lcm(packed, int(pipe.vae_scale_factor) * int(getattr(pipe, "patch_size", 1)), least)
+
+
+def check_area(pipe: Any, width: int, height: int) -> None:
+    """Raises ControlError for a picture of so many pixels that the model cannot be expected to draw it."""
+    model = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    latents = getattr(pipe, "default_sample_size", None) or getattr(getattr(model, "config", None), "sample_size", None)
+    if not isinstance(latents, int):
+        return
+    side = latents * int(pipe.vae_scale_factor)
+    if width * height > LARGEST * side**2:
+        raise ControlError(
+            f"the picture is {width}x{height} pixels, more than {LARGEST} times the {side}x{side} that this model "
+            "draws: make it smaller, or cut out the part that is edited."
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from attnctrl.canvas import as_picture
 from attnctrl.errors import ControlError
@@ -133,7 +133,7 @@ class Subject:
         return self.phrase if self.prompt is None else self.prompt
 
     def _reference(self, given: Any, mask: Any) -> Reference:
-        picture = ImageOps.exif_transpose(as_picture(given))
+        picture = as_picture(given)
         alpha = picture.convert("RGBA") if picture.has_transparency_data else None
         if min(picture.size) < SMALLEST:
             raise ControlError(

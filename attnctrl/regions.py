@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from attnctrl.errors import ControlError
 
@@ -137,7 +137,11 @@ def _checked_box(phrase: str, box: Sequence[float]) -> Box:
 def _bitmap(phrase: str, mask: Any) -> torch.Tensor:
     """A mask of any usual kind as float32 (height, width) of zeros and ones."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.getchannel("A") if mask.mode in ("LA", "PA") else mask.convert("L"))
+        mask = ImageOps.exif_transpose(mask)
+        if mask.mode.startswith("I;16"):
+            mask = np.asarray(mask) / 257  # Pillow's own conversion is white from 255 on
+        else:
+            mask = np.asarray(mask.getchannel("A") if mask.mode in ("LA", "PA") else mask.convert("L"))
     array = np.asarray(mask.detach().cpu().float() if isinstance(mask, torch.Tensor) else mask)
     array = np.squeeze(array)
     if array.ndim != 2:

@@ -193,6 +193,7 @@ class Sampler:
         sampling.device, sampling.dtype = sample.device, sample.dtype
         sampling.residuals = [site for site, _ in self.family.residuals()]
         sampling.adapters = [site for site, _ in self.family.adapters()]
+        sampling.skips = [site for site, _ in self.family.skips()]
         self.run.unhook()
         for index, control in enumerate(self.run.controls):
             if control.idle:

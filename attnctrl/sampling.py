@@ -60,9 +60,10 @@ class Sampling:
     moments: Adam's, by the number of the control. noised_next: the latents after a step if a picture of clean latents
     were what is drawn from this noise of unit variance, in the scheduler's scale.
     residuals: the model's residual blocks, as sites of kind "residual". adapters: what LoRAs add to its layers, see
-    `Family.adapters`. edit_features: in a control's `begin`, have what one of them adds, (batch, channels, height,
-    width) or (batch, tokens, channels), edited in the steps and guidance branches in which the control acts. It is
-    called with the features of one branch and the step.
+    `Family.adapters`. skips: the parts of its decoder, as sites of kind "skip". edit_features: in a control's `begin`,
+    have what a residual block or a LoRA adds, or each of the tensors that the encoder hands a part of the decoder,
+    edited in the steps and guidance branches in which the control acts. It is called with the features of one branch,
+    (batch, channels, height, width) or (batch, tokens, channels), and the step.
     """
 
     prompts: list[str] | None
@@ -77,6 +78,7 @@ class Sampling:
     sites: list[Site] = field(default_factory=list)
     residuals: list[Site] = field(default_factory=list)
     adapters: list[Site] = field(default_factory=list)
+    skips: list[Site] = field(default_factory=list)
     latent_grid: Grid = (1, 0, 0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32

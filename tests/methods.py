@@ -69,6 +69,7 @@ WEIGHTLESS: dict[str, list[dict[str, Any]]] = {
     "object-masks": [{"cross_weight": 0.0, "self_weight": 0.0}, {"until_layer": 0.0}],
     "in-context-mask": [{"references": 0}],
     "localized-residual": [{"outside": 1.0}],
+    "persona-hoi": [],
     "radial": [],
     "neighborhood-tiles": [],
     "sliding-tile": [],

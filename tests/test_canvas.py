@@ -51,6 +51,27 @@ def test_modes_and_arrays() -> None:
     assert Canvas.of(np.asarray(given)[..., :1], 8).picture.size == given.size
 
 
+def test_sixteen_bits_are_not_cut_off_at_eight() -> None:
+    ramp = (np.arange(32 * 32).reshape(32, 32) * 64).astype(np.uint16)
+    shown = np.asarray(Canvas.of(Image.fromarray(ramp), 8).picture)[..., 0]
+    assert np.array_equal(shown, ramp >> 8)
+    inside = np.asarray(Canvas.of(picture(), 8).mask(Image.fromarray(ramp))) > 0
+    assert np.array_equal(inside, ramp > 32767)
+
+
+def test_a_mask_is_turned_like_its_photograph(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    area = np.zeros((24, 40), np.uint8)
+    area[:, :10] = 255
+    for name, one in (("picture", picture(40, 24)), ("mask", Image.fromarray(area))):
+        one.save(tmp_path / f"{name}.png", exif=exif)
+    canvas = Canvas.of(Image.open(tmp_path / "picture.png"), 8)
+    inside = np.asarray(canvas.mask(Image.open(tmp_path / "mask.png"))) > 0
+    assert np.array_equal(np.asarray(canvas.picture), np.rot90(np.asarray(picture(40, 24)), -1))
+    assert np.array_equal(inside, np.rot90(area > 0, -1))
+
+
 def test_a_photograph_taken_upright(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -67,6 +88,8 @@ def test_a_photograph_taken_upright(tmp_path) -> None:
         (np.full((32, 32, 3), np.nan), "outside 0..1"),
         (np.zeros((32, 32, 3), np.int64), "of type int64"),
         (Image.new("RGB", (4, 40)), "less than one latent of 8x8"),
+        (Image.new("I", (40, 40)), 'of mode "I", whose range is not known'),
+        (Image.new("F", (40, 40)), 'of mode "F", whose range is not known'),
     ],
 )
 def test_what_is_no_picture(source, sentence: str) -> None:

@@ -10,9 +10,22 @@ from typing import Any
 
 import torch
 
-from attnctrl.bench import dose, edit, fidelity, guidance, kernels, layout, overhead, readout, sparse, subjects
+from attnctrl.bench import (
+    dose,
+    edit,
+    fidelity,
+    guidance,
+    inversion,
+    kernels,
+    layout,
+    overhead,
+    readout,
+    sparse,
+    subjects,
+)
 from attnctrl.bench.compare import compare
 from attnctrl.bench.draw import DTYPES, Settings
+from attnctrl.bench.edit_ways import parse_instruct_ways, parse_ways
 from attnctrl.bench.methods import Spec, parse_methods
 from attnctrl.bench.results import Results, environment, fingerprint
 from attnctrl.bench.tables import results_table
@@ -21,7 +34,8 @@ from attnctrl.errors import ControlError
 from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
-BENCHES = (*COMPARISONS, "edit", "subjects", "guidance", "readout", "sparse", "overhead", "kernels")
+GUIDANCE = 3.5
+BENCHES = (*COMPARISONS, "edit", "inversion", "subjects", "guidance", "readout", "sparse", "overhead", "kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder or name (default: shapes-sd; sparse: shapes-video)",
     )
     parser.add_argument("--images", type=_count, metavar="N", help="pictures per row; overhead, kernels: repetitions")
+    parser.add_argument("--kinds", metavar="A,B", help=f"edit: which of {', '.join(edit.KINDS)} (default: all)")
     parser.add_argument("--objects", type=_counts, metavar="2,3,4", help="numbers of objects, each 1 to 4")
     parser.add_argument(
         "--methods",
@@ -45,8 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "given, :mask; for subjects with :boxes where their regions are given",
     )
     parser.add_argument("--split", choices=("tune", "test"), help="which prompts (dose: tune; else: test)")
-    parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead: 10)")
-    parser.add_argument("--guidance", type=float, default=3.5, metavar="S", help="guidance scale (default 3.5)")
+    parser.add_argument(
+        "--steps", type=_count, metavar="N", help="sampling steps (default 25; overhead 10, inversion 50)"
+    )
+    parser.add_argument("--guidance", type=float, metavar="S", help="guidance scale (default 3.5; inversion 1)")
     parser.add_argument(
         "--call", nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of the pipeline's call"
     )
@@ -64,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     args.model = args.model or ("shapes-video" if args.bench == "sparse" else "shapes-sd")
     try:
         others = {"kernels": _kernels, "overhead": _overhead, "edit": _edit, "sparse": _sparse}
-        others |= {"guidance": _guidance, "readout": _readout, "subjects": _subjects}
+        others |= {"guidance": _guidance, "readout": _readout, "subjects": _subjects, "inversion": _inversion}
         run = others.get(args.bench)
         results = _comparison(args, COMPARISONS[args.bench]) if run is None else run(args)
     except ControlError as error:
@@ -90,14 +107,14 @@ def _edit(args: argparse.Namespace) -> Results:
     images = args.images or (edit.QUICK_IMAGES if args.quick else edit.IMAGES)
     settings = _settings(args, steps=25, batch=1)
     pipe = _load(args)
-    if edit.instructed(pipe):
-        ways = edit.parse_instruct_ways(args.methods or edit.INSTRUCT_METHODS)
-    else:
-        ways = edit.parse_ways(args.methods or edit.METHODS)
-    results = _results(args, settings, images=images, weights=fingerprint(pipe))
+    parse = parse_instruct_ways if edit.instructed(pipe) else parse_ways
+    ways = parse(args.methods) if args.methods else edit.default_ways(pipe)
+    kinds = edit.parse_kinds(args.kinds) if args.kinds else edit.KINDS
+    some = {"kinds": ",".join(kinds)} if args.kinds else {}
+    results = _results(args, settings, images=images, weights=fingerprint(pipe), **some)
     if args.resume:
         results.resume()
-    edit.measure(pipe, ways, images, settings, results)
+    edit.measure(pipe, ways, images, settings, results, kinds)
     print(results_table(results, edit.TABLE))
     return results
 
@@ -112,6 +129,13 @@ def _readout(args: argparse.Namespace) -> Results:
 
 def _subjects(args: argparse.Namespace) -> Results:
     return _measured(args, subjects, subjects.parse_ways(args.methods or subjects.METHODS), batch=1)
+
+
+def _inversion(args: argparse.Namespace) -> Results:
+    args.steps = args.steps or inversion.STEPS
+    args.guidance = inversion.GUIDANCE if args.guidance is None else args.guidance
+    names = args.methods or inversion.default_methods(_load(args))
+    return _measured(args, inversion, inversion.parse_inversions(names), batch=1)
 
 
 def _measured(args: argparse.Namespace, bench: ModuleType, rows: list[Any], batch: int | None = None) -> Results:
@@ -171,7 +195,7 @@ def _kernels(args: argparse.Namespace) -> Results:
 def _settings(args: argparse.Namespace, steps: int, batch: int) -> Settings:
     return Settings(
         steps=args.steps or steps,
-        guidance=args.guidance,
+        guidance=GUIDANCE if args.guidance is None else args.guidance,
         batch=batch,
         dtype=args.dtype,
         seed=args.seed,

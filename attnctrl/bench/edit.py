@@ -8,23 +8,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tqdm import tqdm
 
 from attnctrl.bench.draw import Settings, precision
 from attnctrl.bench.edit_score import score_edit
 from attnctrl.bench.edit_tasks import KINDS, EditTask, make_edits
-from attnctrl.bench.methods import NONE, Spec, parse_methods, split_list
+from attnctrl.bench.edit_ways import Way, floor, parse_instruct_ways, parse_ways
+from attnctrl.bench.methods import NONE
 from attnctrl.bench.results import Results, Row
 from attnctrl.bench.stats import mean_interval
 from attnctrl.errors import ControlError
-from attnctrl.inversion import INVERSIONS, inversion
-from attnctrl.models import call_arguments
 from attnctrl.pipelines.editing import EditPipeline
 from attnctrl.pipelines.instruct import InstructPipeline
 from attnctrl.processors import family_of
@@ -32,14 +31,16 @@ from attnctrl.shapes.instructions import GONE, instruction_for
 
 TABLE = ("edited", "kept", "background_psnr", "max_error", "leak_in", "leak_out")
 IMAGES, QUICK_IMAGES = 20, 2
-FLOORS = ("regenerate", "img2img", "inpaint:mask")
-"""The edited prompt drawn from the same seed; from the noised picture; and the same with the mask."""
-STRENGTH = 0.7
 METHODS = (
-    "regenerate,img2img,inpaint:mask,none@direct,none@edit-friendly,none@virtual,prompt-to-prompt@ddim,"
-    "prompt-to-prompt@negative-prompt,prompt-to-prompt@direct,prompt-to-prompt@edit-friendly,prompt-to-prompt@virtual,"
-    "mutual-self-attention@direct,mutual-self-attention@edit-friendly,prompt-to-prompt@virtual:mask,"
-    "prompt-to-prompt@edit-friendly:mask,ale-edit@virtual:mask,plug-and-play@direct,design-edit@direct:mask"
+    "regenerate,img2img{strength=0.7|0.85},inpaint:mask,none@direct,none@edit-friendly,none@virtual,"
+    "prompt-to-prompt@ddim,prompt-to-prompt@negative-prompt,prompt-to-prompt@direct,prompt-to-prompt@edit-friendly,"
+    "prompt-to-prompt@virtual,mutual-self-attention@direct,mutual-self-attention@edit-friendly,plug-and-play@direct,"
+    "prompt-to-prompt@direct:mask,prompt-to-prompt@edit-friendly:mask,prompt-to-prompt@virtual:mask,"
+    "ale-edit@direct:mask,ale-edit@edit-friendly:mask,ale-edit@virtual:mask,design-edit@direct:mask"
+)
+FLOW_METHODS = (
+    "regenerate,img2img{strength=0.7|0.85},inpaint:mask,none@rf,none@virtual,mutual-self-attention@rf,"
+    "mutual-self-attention@virtual,none@virtual:mask,design-edit@virtual:mask"
 )
 INSTRUCT_METHODS = (
     "none,focus-on-instruction,focus-on-instruction{modulate=false},focus-on-instruction{disentangle=false},"
@@ -47,39 +48,13 @@ INSTRUCT_METHODS = (
 )
 
 
-@dataclass(frozen=True)
-class Way:
-    """One row: how pictures are edited. inversion: None for the floors, which have no source branch, and for
-    instructions.
-    """
-
-    label: str
-    spec: Spec | None
-    inversion: str | None
-    masked: bool
-
-
-def parse_ways(text: str) -> list[Way]:
-    """The rows of a comma-separated list: a floor, or methods as `bench layout` writes them, @INVERSION, and :mask.
-
-    Raises ControlError for names that are not known.
-    """
-    ways = []
-    for item in split_list(text):
-        if item in FLOORS:
-            ways.append(Way(item, None, None, item.endswith(":mask")))
-            continue
-        rest, colon, mask = item.rpartition(":")
-        named = rest if colon and mask == "mask" else item
-        methods, at, name = named.rpartition("@")
-        if not at:
-            known = ", ".join(INVERSIONS)
-            raise ControlError(f'"{item}" names no inversion: write method@inversion, with one of {known}.')
-        inversion(name)
-        for spec in parse_methods(methods):
-            masked = named != item
-            ways.append(Way(f"{spec.label}@{name}{':mask' if masked else ''}", spec, name, masked))
-    return ways
+def parse_kinds(text: str) -> tuple[str, ...]:
+    """The kinds of edits of a comma-separated list. Raises ControlError for unknown ones."""
+    kinds = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in kinds if name not in KINDS]
+    if unknown:
+        raise ControlError(f'edits of the kind "{unknown[0]}" are not known: choose of {", ".join(KINDS)}.')
+    return kinds
 
 
 def instructed(pipe: Any) -> bool:
@@ -87,20 +62,11 @@ def instructed(pipe: Any) -> bool:
     return bool(getattr(family_of(pipe), "instructed", False))
 
 
-def parse_instruct_ways(text: str) -> list[Way]:
-    """The rows of a comma-separated list for an instruction-following pipeline: methods, and :mask.
-
-    Raises ControlError for names that are not known.
-    """
-    ways = []
-    for item in split_list(text):
-        rest, colon, mask = item.rpartition(":")
-        masked = bool(colon) and mask == "mask"
-        ways += [
-            Way(f"{spec.label}{':mask' if masked else ''}", spec, None, masked)
-            for spec in parse_methods(rest if masked else item)
-        ]
-    return ways
+def default_ways(pipe: Any) -> list[Way]:
+    """The rows that a pipeline's kind of model has."""
+    if instructed(pipe):
+        return parse_instruct_ways(INSTRUCT_METHODS)
+    return parse_ways(FLOW_METHODS if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) else METHODS)
 
 
 def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image:
@@ -112,7 +78,7 @@ def edit(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image
     if task.moved and not takes_layers:
         raise ControlError(f'"{way.label}" cannot move an object.')
     if way.spec is None:
-        return _floor(pipe, task, way, settings)
+        return floor(pipe, task, way, settings)
     if way.inversion is None:
         return _instruct(pipe, task, way, settings)
     edits = task.edits if way.masked else tuple(replace(one, mask=None) for one in task.edits)
@@ -154,24 +120,6 @@ def _instruct(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.
         **settings.call,
     )
     return result.images[0]
-
-
-def _floor(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.Image:
-    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
-
-    given: dict[str, Any] = {
-        "num_inference_steps": settings.steps,
-        "generator": torch.Generator().manual_seed(task.seed),
-    }
-    if way.label == "regenerate":
-        return pipe(**call_arguments(pipe, task.target_prompt, settings.guidance, given)).images[0]
-    maker = AutoPipelineForInpainting if way.masked else AutoPipelineForImage2Image
-    other = maker.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
-    given |= {"image": task.picture, "strength": 1.0 if way.masked else STRENGTH}
-    if way.masked:
-        given["mask_image"] = Image.fromarray(task.mask)
-    return other(**call_arguments(other, task.target_prompt, settings.guidance, given)).images[0]
 
 
 def measure(

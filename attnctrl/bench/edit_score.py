@@ -8,7 +8,7 @@ from attnctrl.bench.edit_tasks import SIDE, EditTask
 from attnctrl.bench.likeness import psnr
 from attnctrl.shapes.detect import Detection, Found, detect
 from attnctrl.shapes.score import contains
-from attnctrl.shapes.world import PALETTE
+from attnctrl.shapes.world import GROUND, PALETTE
 
 NEAR = 0.06
 """How far, in sides of the picture, the centre of an object that stays may move."""
@@ -69,12 +69,25 @@ def toward(pixels: np.ndarray, before: np.ndarray, colour: str, where: np.ndarra
     return float((nearer[where] > 0.15).mean()) if where.any() else 0.0
 
 
+def coloured(pixels: np.ndarray, colour: str) -> np.ndarray:
+    """Which pixels have a colour, bool (h, w): it is the world's nearest to them, within 0.15 in RGB distance."""
+    world = {**PALETTE, **GROUND}
+    apart = np.stack([np.linalg.norm(pixels - np.array(one), axis=-1) for one in world.values()])
+    own = list(world).index(colour)
+    return (apart.argmin(axis=0) == own) & (apart[own] < 0.15)
+
+
+def spilled(pixels: np.ndarray, before: np.ndarray, colour: str, where: np.ndarray) -> float:
+    """Share of the pixels of a mask that have a colour which they did not have."""
+    return float((coloured(pixels, colour) & ~coloured(before, colour))[where].mean())
+
+
 def score_edit(task: EditTask, picture: np.ndarray) -> dict[str, float]:
     """Every measure of one edited picture (128, 128, 3) in 0..1.
 
     edited, kept: see above. background_psnr, max_error: against the given picture, MARGIN pixels away from all that may
-    change. leak_out: share of these pixels that came nearer to a new colour (after TELS of ALE-Bench); leak_in: the
-    same inside every edit's mask for the colours of the other edits (after TILS), 0 for one. No leaks of moves.
+    change. leak_out: share of these pixels that came nearer to a new colour (after TELS of ALE-Bench); leak_in: share
+    of the pixels inside each edit's mask that got another edit's colour (after TILS), of several edits at once.
     """
     found, before = detect(picture), np.asarray(task.picture, dtype=np.float64) / 255
     outside = ~grown(task.mask > 0, MARGIN)
@@ -89,8 +102,8 @@ def score_edit(task: EditTask, picture: np.ndarray) -> dict[str, float]:
         scores["leak_out"] = float(np.mean([toward(picture, before, c, outside) for c in colours.values()]))
         pairs = [(i, c) for i in colours for j, c in colours.items() if i != j]
         masks = {i: edit.mask > 0 for i, edit in zip(task.order, task.edits, strict=True)}
-        leaks = [toward(picture, before, c, masks[i]) for i, c in pairs]
-        scores["leak_in"] = float(np.mean(leaks)) if leaks else 0.0
+        if pairs:
+            scores["leak_in"] = float(np.mean([spilled(picture, before, c, masks[i]) for i, c in pairs]))
     return scores
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
+from attnctrl.canvas import as_picture
 from attnctrl.commands.settings import guidance_of, parse_settings
 from attnctrl.controls import REGISTRY
 from attnctrl.edits import Edit
@@ -59,7 +61,8 @@ def main(args: argparse.Namespace) -> int:
         if path.exists():
             raise FileExistsError(f"{path} exists: choose another --out or pass --force.")
     edits, whole = parse_edits(args.edit, args.mask)
-    source = Image.open(args.image)
+    source = as_picture(opened(args.image))
+    check_format(args.out, "RGBA" if source.has_transparency_data else "RGB")
     pipeline = EditPipeline.from_pretrained(args.model, device=args.device)
     options: dict[str, Any] = parse_settings(args.set, "--set") | parse_settings(args.call, "--call")
     result = pipeline(
@@ -86,6 +89,27 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def opened(path: Path | str) -> Image.Image:
+    """The picture of a file, upright. Raises ControlError for files that are none."""
+    try:
+        return ImageOps.exif_transpose(Image.open(path))
+    except FileNotFoundError:
+        raise
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ControlError(f"{path} is not a picture that can be read: {error}.") from None
+
+
+def check_format(path: Path, mode: str) -> None:
+    """Raises ControlError, before anything is drawn, where `path` names no format that holds pictures of a mode."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ControlError(f'--out {path}: "{path.suffix}" is no kind of picture that can be written: use .png.')
+    try:
+        Image.new(mode, (1, 1)).save(io.BytesIO(), kind)
+    except (OSError, ValueError):
+        raise ControlError(f"--out {path}: {kind} has no transparency, and the picture has: use .png.") from None
+
+
 def parse_edits(texts: list[str], masks: list[str]) -> tuple[list[Edit], Image.Image | None]:
     """Edits from "words=other words", each with its mask file where there are as many; and one mask for everything."""
     pairs = []
@@ -94,9 +118,9 @@ def parse_edits(texts: list[str], masks: list[str]) -> tuple[list[Edit], Image.I
         if not equals or not source:
             raise ControlError(f'--edit "{text}": write words=other words.')
         pairs.append((source, target))
-    opened = [Image.open(path) for path in masks]
-    if len(opened) == len(pairs):
-        return [Edit(*pair, mask) for pair, mask in zip(pairs, opened, strict=True)], None
-    if len(opened) > 1:
-        raise ControlError(f"{len(opened)} --mask for {len(pairs)} --edit: give one for each, or one for all.")
-    return [Edit(*pair) for pair in pairs], opened[0] if opened else None
+    given = [opened(path) for path in masks]
+    if len(given) == len(pairs):
+        return [Edit(*pair, mask) for pair, mask in zip(pairs, given, strict=True)], None
+    if len(given) > 1:
+        raise ControlError(f"{len(given)} --mask for {len(pairs)} --edit: give one for each, or one for all.")
+    return [Edit(*pair) for pair in pairs], given[0] if given else None

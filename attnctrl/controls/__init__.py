@@ -69,6 +69,7 @@ from attnctrl.controls.subjects.magic_face import MagicFace
 from attnctrl.controls.subjects.masked_adain import MaskedAdaIN
 from attnctrl.controls.subjects.masked_reference import MaskedReference
 from attnctrl.controls.subjects.object_masks import ObjectMasks
+from attnctrl.controls.subjects.persona_hoi import PersonaHOI
 from attnctrl.controls.subjects.shared_attention import SharedAttention
 from attnctrl.controls.subjects.time_aware_reference import TimeAwareReference
 from attnctrl.errors import ControlError
@@ -157,6 +158,7 @@ REGISTRY = {
         Method("in-context-mask", InContextMask, "subjects"),
         Method("localized-residual", LocalizedResidual, "subjects"),
         Method("masked-adain", MaskedAdaIN, "subjects"),
+        Method("persona-hoi", PersonaHOI, "subjects"),
         Method("radial", Radial, "sparse"),
         Method("neighborhood-tiles", NeighborhoodTiles, "sparse"),
         Method("sliding-tile", SlidingTile, "sparse"),
@@ -223,6 +225,7 @@ __all__ = [
     "NeighborhoodTiles",
     "OracleBlocks",
     "Paro",
+    "PersonaHOI",
     "Planned",
     "Radial",
     "RandomBlocks",

@@ -22,7 +22,7 @@ from attnctrl.install import share
 from attnctrl.inversion import Job, Start, ddim_trajectory
 from attnctrl.inversion import inversion as inversion_named
 from attnctrl.layers import Layer, footprint
-from attnctrl.models import call_arguments, load_pipeline, side_multiple
+from attnctrl.models import call_arguments, check_area, load_pipeline, side_multiple
 from attnctrl.pipelines.methods import make_controls
 from attnctrl.regions import Region
 from attnctrl.run import Run, control
@@ -86,22 +86,23 @@ class EditPipeline:
     ) -> EditResult:
         """Draw `image` anew under another prompt.
 
-        image: a PIL picture or array of any size and mode; nothing is resized, sizes that are not whole latents are
-        padded. source_prompt: what the picture shows. target_prompt: what the edited one shows, or `edits` of words
-        of the source prompt, from which it is made. layers: objects that are moved, resized, flipped or removed, for
-        methods that take them; the prompt stays unless another is given. method: a name from the registry, a control,
-        several of them, names with the parameters of each, or "none" for the edited prompt alone. inversion: a name of
-        `attnctrl.inversion.INVERSIONS`. mask: where the picture may change (by default the union of the edits' masks,
-        if each has one, or the holes of the layers and their new places); outside it the latents are the source's and,
-        with `composite`, the pixels are the given ones, byte for byte beyond `feather` pixels. guidance: a scale under
-        whatever name the base pipeline has for it. seed: of the first picture's noise. kwargs: arguments of the base
-        pipeline, and parameters of the method.
+        image: a PIL picture or array of any mode and of up to 16 times the area that the model draws by itself; nothing
+        is resized, sizes that are not whole latents are padded. source_prompt: what the picture shows. target_prompt:
+        what the edited one shows, or `edits` of words of the source prompt, from which it is made. layers: objects
+        that are moved, resized, flipped or removed, for methods that take them; the prompt stays unless another is
+        given. method: a name from the registry, a control, several of them, names with the parameters of each, or
+        "none" for the edited prompt alone. inversion: a name of `attnctrl.inversion.INVERSIONS`. mask: where the
+        picture may change (by default the union of the edits' masks, if each has one, or the holes of the layers and
+        their new places); outside it the latents are the source's and, with `composite`, the pixels are the given
+        ones, byte for byte beyond `feather` pixels. guidance: a scale under whatever name the base pipeline has for
+        it. seed: of the first picture's noise. kwargs: arguments of the base pipeline, and parameters of the method.
         Raises ControlError for unknown names, words that are not in the source prompt, and bad pictures and masks.
         """
         if target_prompt is None:
             target_prompt = source_prompt if layers and not edits else edited(source_prompt, edits)
         target = target_prompt
         canvas = Canvas.of(image, side_multiple(self.pipe))
+        check_area(self.pipe, *canvas.picture.size)
         masks = [None if one.mask is None else canvas.mask(one.mask) for one in edits]
         placed = [
             replace(one, mask=None if m is None else canvas.padded_mask(m)) for one, m in zip(edits, masks, strict=True)
@@ -128,6 +129,8 @@ class EditPipeline:
             "source": canvas.padded,
         }
         controls = make_controls(method, "editing", subject, overrides)
+        if not overrides:
+            _refuse_idle(method, controls)
         pipe = share(self.pipe)
         prompts = [source_prompt, target]
         job = Job(pipe, canvas.padded, prompts, num_images_per_prompt, num_inference_steps, seed, options)
@@ -150,6 +153,18 @@ class EditPipeline:
             drawn = pipe(**call_arguments(pipe, prompts, guidance, arguments)).images
         finished = [canvas.finish(one, whole if composite else None, feather) for one in drawn[num_images_per_prompt:]]
         return EditResult(finished, canvas.finish(drawn[0], None, 0), target, run)
+
+
+def _refuse_idle(method: str | Control | Sequence[str | Control], controls: Sequence[Control]) -> None:
+    """Raises ControlError where a method that was asked for by name has got nothing that it works on."""
+    names = {one for one in ([method] if isinstance(method, str | Control) else method) if isinstance(one, str)}
+    idle = {type(one) for one in controls if one.idle}
+    for name in sorted(names & {*REGISTRY}):
+        if REGISTRY[name].control in idle:
+            raise ControlError(
+                f'method "{name}" has nothing to do in this edit: `attnctrl methods` says what it works on, such as '
+                "masks, layers or instructions."
+            )
 
 
 def _padded(layer: Layer, canvas: Canvas) -> Layer:

@@ -15,7 +15,7 @@ from attnctrl.control import Control
 from attnctrl.controls.editing.lime import Lime
 from attnctrl.errors import ControlError
 from attnctrl.install import share
-from attnctrl.models import load_pipeline
+from attnctrl.models import check_area, load_pipeline
 from attnctrl.pipelines.methods import make_controls
 from attnctrl.processors import family_of
 from attnctrl.run import Run, control
@@ -72,14 +72,14 @@ class InstructPipeline:
     ) -> InstructResult:
         """Draw `image` as the instruction says.
 
-        image: a PIL picture or array of any size and mode; sizes that are not whole latents are padded. method: an
-        editing method of the registry, a control, several of them, or "none". guidance, image_guidance: scales of text
-        and picture. find_guidance: the scale of the text in a first pass from the same seed, in which `Lime` finds its
-        region (in the paper 5.5, and 2 for `guidance`); None finds it in the one pass. seed: of the noise. kwargs:
-        arguments of the base pipeline, and parameters of the method.
+        image: as for `EditPipeline`. method: an editing method of the registry, a control, several of them, or "none".
+        guidance, image_guidance: scales of text and picture. find_guidance: the scale of the text in a first pass from
+        the same seed, in which `Lime` finds its region (in the paper 5.5, and 2 for `guidance`); None finds it in the
+        one pass. seed: of the noise. kwargs: arguments of the base pipeline, and parameters of the method.
         Raises ControlError for unknown names, bad pictures, and for a first pass that no control has a use for.
         """
         canvas = Canvas.of(image, int(self.pipe.vae_scale_factor))
+        check_area(self.pipe, *canvas.picture.size)
         accepted = inspect.signature(type(self.pipe).__call__).parameters
         options = {name: value for name, value in kwargs.items() if name in accepted}
         overrides = {name: value for name, value in kwargs.items() if name not in accepted}

@@ -29,6 +29,8 @@ ROWLESS = tuple(
     if entry.task in ("layout", "guidance") or not getattr(entry.control, "needs_rows", True)
 )
 """Methods that do not look at rows of references."""
+LEARNED = ("delayed-subject", "persona-hoi")
+"""The methods that want an embedding for every subject."""
 NOISES = ("one", "fresh", "inversion")
 REFERENCE_SEED = 2**31
 """Added to the seed for the noise of references: with the pictures' own noise they would give their layout away too."""
@@ -91,12 +93,12 @@ class SubjectsPipeline:
         """Draw `prompt`, or each of several, with these subjects.
 
         method: a name from the registry, a control, several of them, or "none". Methods for layout may be among them:
-        they put the subjects that have a region there. "delayed-subject" by name learns a word for each subject first,
-        see `attnctrl.words.learn_word`. reference_noise: how references are noised along the run, "one"
-        noise, a "fresh" one in every step, or by DDIM "inversion" (noise-predicting UNets); noise_scale: how much they
-        have of it, see `DrawReferences`. A subject of strength 0
-        takes no part. seed: of the first picture's noise, counted up for each further one of a prompt. kwargs:
-        arguments of the base pipeline, and parameters of the method.
+        they put the subjects that have a region there. "delayed-subject" and "persona-hoi" by name learn a word for
+        each subject first, see `attnctrl.words.learn_word`; the latter wants the prompt twice and the subjects'
+        regions. reference_noise: how references are noised along the run, "one" noise, a "fresh" one in every step, or
+        by DDIM "inversion" (noise-predicting UNets); noise_scale: how much they have of it, see `DrawReferences`. A
+        subject of strength 0 takes no part. seed: of the first picture's noise, counted up for each further one of a
+        prompt. kwargs: arguments of the base pipeline, and parameters of the method.
         Raises ControlError for unknown names and parameters and for subjects that cannot be used.
         """
         if reference_noise not in NOISES:
@@ -109,9 +111,10 @@ class SubjectsPipeline:
         scenes = [one for one in given for _ in range(num_images_per_prompt)]
         placed = [subject.placed for subject in subjects if subject.placed is not None]
         named = [method] if isinstance(method, str | Control) else list(method)
+        learned = any(isinstance(one, str) and one in LEARNED for one in named)
         about: dict[str, Any] = {
             "subjects": subjects,
-            "embeddings": learn_words(self.pipe, subjects, seed=seed) if "delayed-subject" in named else {},
+            "embeddings": learn_words(self.pipe, subjects, seed=seed) if learned else {},
         }
 
         def made(references: list[str]) -> list[Control]:

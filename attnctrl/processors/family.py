@@ -90,6 +90,13 @@ class Family:
         """
         return []
 
+    def skips(self) -> list[tuple[Site, Any]]:
+        """Every part of the decoder that skip connections lead to as a site of kind "skip", with its module.
+
+        It takes what the encoder hands it as `res_hidden_states_tuple`. Empty where the model has none.
+        """
+        return []
+
     def reproducible(self, stock: Any) -> bool:
         """Whether our processor computes what this stock one does."""
         return type(stock) in self.plain

@@ -101,6 +101,9 @@ class UNetFamily(Family):
         found.sort(key=lambda item: item[0])
         return [(site, module) for _, site, module in found]
 
+    def skips(self) -> list[tuple[Site, torch.nn.Module]]:
+        return [(self._site(f"up_blocks.{i}", "skip"), block) for i, block in enumerate(self.model.up_blocks)]
+
     @staticmethod
     def _position(name: str) -> tuple[int, int, int]:
         """Where a layer stands in the forward pass: the part of the UNet, the level, the number of its block there.

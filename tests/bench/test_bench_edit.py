@@ -11,9 +11,10 @@ import torch
 import attnctrl as ac
 from attnctrl.bench import edit
 from attnctrl.bench.draw import Settings
-from attnctrl.bench.edit import INSTRUCT_METHODS, METHODS, instructed, parse_instruct_ways, parse_ways
-from attnctrl.bench.edit_score import MARGIN, edited_share, grown, kept_share, score_edit, toward
+from attnctrl.bench.edit import INSTRUCT_METHODS, METHODS, instructed, parse_kinds
+from attnctrl.bench.edit_score import MARGIN, coloured, edited_share, grown, kept_share, score_edit, spilled, toward
 from attnctrl.bench.edit_tasks import KINDS, EditTask, make_edits
+from attnctrl.bench.edit_ways import parse_instruct_ways, parse_ways
 from attnctrl.bench.likeness import psnr
 from attnctrl.bench.tasks import fitted
 from attnctrl.edits import edited
@@ -44,6 +45,7 @@ def test_the_right_picture_scores_full_marks_and_the_given_one_is_not_edited(kin
         assert right["background_psnr"] > 40
         assert right["max_error"] < 0.02
         assert right.get("leak_out", 0.0) == given.get("leak_out", 0.0) == 0.0
+        assert max(right.get("leak_in", 0.0), given.get("leak_in", 0.0)) < 0.01
         assert given["edited"] == 0.0
         assert given["kept"] == 1.0
         assert given["background_psnr"] == 60.0
@@ -126,6 +128,15 @@ def test_who_can_move_objects() -> None:
         edit.edit(pipe, recolour, ways[3], settings)
 
 
+def test_edits_that_exchange_their_colours_leak() -> None:
+    for task in make_edits("two", 4):
+        first, second = task.order
+        pairs = list(task.wanted)
+        (shape, colour), (other_shape, other_colour) = pairs[first], pairs[second]
+        pairs[first], pairs[second] = (shape, other_colour), (other_shape, colour)
+        assert score_edit(task, wanted(replace(task, wanted=tuple(pairs))))["leak_in"] > 0.15
+
+
 def test_measures_by_hand() -> None:
     black, grey = np.zeros((4, 4, 3)), np.full((4, 4, 3), 0.1)
     everywhere = np.ones((4, 4), bool)
@@ -134,15 +145,23 @@ def test_measures_by_hand() -> None:
     red = np.zeros((4, 4, 3))
     red[:2] = (0.86, 0.15, 0.15)
     assert toward(red, black, "red", everywhere) == 0.5
+    assert np.array_equal(coloured(red, "red"), red[..., 0] > 0)
+    assert np.array_equal(coloured(red, "black"), red[..., 0] == 0)
+    assert not coloured(red + 0.1, "red").any()
+    assert spilled(red, black, "red", everywhere) == 0.5
+    assert spilled(red, red, "red", everywhere) == 0.0
     dot = np.zeros((128, 128), bool)
     dot[64, 64] = True
     assert grown(dot, MARGIN).sum() == (2 * MARGIN + 1) ** 2
 
 
 def test_rows_are_written_as_method_inversion_and_mask() -> None:
-    ways = parse_ways("img2img, none@direct,prompt-to-prompt{self_until=0.1|0.2}@virtual:mask")
+    ways = parse_ways("img2img, img2img{strength=0.5|1},none@direct,prompt-to-prompt{self_until=0.1|0.2}@virtual:mask")
+    assert [w.strength for w in ways[:3]] == [0.7, 0.5, 1.0]
     assert [(w.label, w.inversion, w.masked) for w in ways] == [
         ("img2img", None, False),
+        ("img2img{strength=0.5}", None, False),
+        ("img2img{strength=1}", None, False),
         ("none@direct", "direct", False),
         ("prompt-to-prompt{self_until=0.1}@virtual:mask", "virtual", True),
         ("prompt-to-prompt{self_until=0.2}@virtual:mask", "virtual", True),
@@ -152,6 +171,9 @@ def test_rows_are_written_as_method_inversion_and_mask() -> None:
         parse_ways("prompt-to-prompt")
     with pytest.raises(ac.ControlError, match='inversion "magic" is unknown'):
         parse_ways("none@magic")
+    for strength in ("0", "1.5", "nan", "much"):
+        with pytest.raises(ac.ControlError, match="is no part of the run"):
+            parse_ways(f"img2img{{strength={strength}}}")
 
 
 def test_rows_for_instructions() -> None:
@@ -164,6 +186,12 @@ def test_rows_for_instructions() -> None:
     assert len(parse_instruct_ways(INSTRUCT_METHODS)) == 8
     with pytest.raises(ac.ControlError, match='method "magic" is unknown'):
         parse_instruct_ways("magic")
+
+
+def test_kinds_of_the_command_line() -> None:
+    assert parse_kinds("two, move,two") == ("two", "move")
+    with pytest.raises(ac.ControlError, match='kind "turn" are not known: choose of recolour'):
+        parse_kinds("two,turn")
 
 
 @pytest.mark.slow

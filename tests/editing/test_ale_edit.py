@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import attnctrl as ac
-from attnctrl.controls.editing.ale_edit import restricted, spliced
+from attnctrl.controls.editing.ale_edit import passed_on, restricted, spliced
+from attnctrl.prompt import Reader
 from tests import tiny
 from tests.editing.material import SOURCE, attention, call, draw, pair
+from tests.methods import step
 
 LEFT, RIGHT = np.zeros((2, 32, 32), np.uint8)
 LEFT[:, :16] = RIGHT[:, 16:] = 255
@@ -26,9 +28,20 @@ def test_object_restricted_embeddings_by_hand() -> None:
     assert spliced(joint, [single], [[3, 4]]).flatten().tolist() == [0, 1, 2, 101, 102, 5, 6, 7]
 
 
-def embedded() -> tuple:
+def test_columns_go_from_an_objects_words_to_those_that_replace_them() -> None:
+    source, target = (Reader(tiny.tokenizer()).read(text) for text in (SOURCE, "a red bird and a cat"))
+    passed = passed_on(source, target, 9, [([2], [2, 3]), ([5], [6])])
+    expected = torch.zeros(9, 9)
+    expected[2, [2, 3]] = 0.5  # cat -> red bird
+    for before, after in ((0, 0), (1, 1), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8)):
+        expected[before, after] = 1
+    assert torch.equal(passed, expected)
+    assert torch.equal(passed_on(source, source, 9, [([2], [2])]), torch.eye(9))
+
+
+def embedded(**options: float) -> tuple:
     """A control, its state, and a call whose values are the first channels of the embeddings."""
-    control = ac.AleEdit(EDITS)
+    control = ac.AleEdit(EDITS, **options)
     state = control.begin(pair(TARGET))
 
     def project(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,8 +50,21 @@ def embedded() -> tuple:
     return control, state, replace(call("cross"), project=project)
 
 
-def test_another_objects_embedding_does_not_reach_into_a_mask() -> None:
-    control, state, given = embedded()
+def test_at_first_an_edit_attends_as_its_source_does() -> None:
+    for until, source in ((0.0, False), (0.5, True)):
+        control, state, given = embedded(cross_until=until)
+        made = control.inputs(given, state)
+        for changed, own in ((made.query, given.query), (made.key, given.key)):
+            assert torch.equal(changed[0], own[0])
+            assert torch.equal(changed[1], own[0] if source else own[1])
+    control, state, given = embedded(cross_until=0.5)
+    late = control.inputs(replace(given, step=step(25)), state)
+    assert torch.equal(late.query, given.query)
+
+
+@pytest.mark.parametrize("until", [0.0, 0.8])
+def test_another_objects_embedding_does_not_reach_into_a_mask(until: float) -> None:
+    control, state, given = embedded(cross_until=until)
     before = attention(control.inputs(given, state))
     state.embeddings[1] += 5.0  # the object at the right
     after = attention(control.inputs(given, state))
@@ -77,5 +103,9 @@ def test_the_source_does_not_notice_its_edit() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ac.ControlError, match='needs a mask for every edit: "cat" has none'):
         draw(tiny.sd(), [SOURCE, TARGET], ac.AleEdit((ac.Edit("cat", "bird"),)))
+    with pytest.raises(ac.ControlError, match='the edit of "cat" has no words for it'):
+        draw(tiny.sd(), [SOURCE, TARGET], ac.AleEdit((ac.Edit("cat", "", LEFT),)))
+    with pytest.raises(ac.ControlError, match='"bird" is not in the prompt'):
+        draw(tiny.sd(), [SOURCE, TARGET], ac.AleEdit((ac.Edit("bird", "cat", LEFT),)))
     with pytest.raises(ac.ControlError, match='"red" is not in the prompt'):
         draw(tiny.sd(), [SOURCE, TARGET], ac.AleEdit((ac.Edit("cat", "red", LEFT),)))

@@ -21,8 +21,10 @@ MASK[8:16, 8:16] = 255
 STEPS: dict[str, Any] = {"num_inference_steps": 3, "guidance": 4.0}
 
 
-@pytest.mark.parametrize("method", ["none", "prompt-to-prompt", "mutual-self-attention", "ale-edit", "inpaint-fusion"])
-@pytest.mark.parametrize("inversion", ["direct", "virtual"])
+@pytest.mark.parametrize(
+    "method", ["none", "prompt-to-prompt", "mutual-self-attention", "ale-edit", "inpaint-fusion", "plug-and-play"]
+)
+@pytest.mark.parametrize("inversion", ["direct", "virtual", "edit-friendly"])
 def test_outside_a_mask_the_given_pixels_stay_byte_for_byte(method: str, inversion: str) -> None:
     pipe, given = tiny.sd(), picture()
     before = snapshot(pipe)
@@ -45,6 +47,28 @@ def test_flows_at_a_size_that_is_not_whole_latents(family: str) -> None:
         given, SOURCE, EDIT, method="mutual-self-attention", inversion="virtual", **{**STEPS, "guidance": None}
     )
     assert result.images[0].size == result.reconstruction.size == (30, 25)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_pictures_of_every_mode_with_a_mask_of_another_size(mode: str) -> None:
+    given = picture(36, 30).convert(mode)
+    if mode == "RGBA":
+        given.putalpha(Image.linear_gradient("L").resize(given.size))
+    half = np.zeros((15, 18), np.uint8)
+    half[:, :6] = 255
+    (image,) = EditPipeline(tiny.sd())(given, SOURCE, EDIT, mask=half, inversion="virtual", feather=0, **STEPS).images
+    assert image.size == (36, 30)
+    assert image.mode == ("RGBA" if mode in ("LA", "RGBA") else "RGB")
+    assert np.array_equal(np.asarray(image)[:, 12:, :3], np.asarray(given.convert("RGB"))[:, 12:])
+    assert not np.array_equal(np.asarray(image)[:, :12, :3], np.asarray(given.convert("RGB"))[:, :12])
+
+
+def test_a_picture_far_larger_than_the_models_own_is_refused_before_anything_is_drawn() -> None:
+    pipe = tiny.sd()
+    with pytest.raises(ac.ControlError, match="130x127 pixels, more than 16 times the 32x32"):
+        EditPipeline(pipe)(picture(130, 127), SOURCE, EDIT, **STEPS)
+    large = EditPipeline(pipe)(picture(128, 90), SOURCE, EDIT, method="none", inversion="virtual", **STEPS)
+    assert large.images[0].size == (128, 90)
 
 
 def test_it_repeats_and_counts() -> None:
@@ -86,6 +110,10 @@ def test_edits_of_a_prompt() -> None:
         ({"mask": np.zeros((32, 32))}, "mask"),
         ({"mask": np.ones((32, 64))}, "aspect ratio"),
         ({"method": "ale-edit", "edits": [ac.Edit("cat", "bird")]}, "needs a mask for every edit"),
+        ({"method": "ale-edit"}, '"ale-edit" has nothing to do in this edit'),
+        ({"method": ["prompt-to-prompt", "inpaint-fusion"]}, '"inpaint-fusion" has nothing to do in this edit'),
+        ({"method": "design-edit"}, '"design-edit" has nothing to do in this edit'),
+        ({"method": "focus-on-instruction"}, "such as masks, layers or instructions"),
     ],
 )
 def test_bad_input(options: dict[str, Any], sentence: str) -> None:

@@ -21,6 +21,7 @@ from attnctrl.bench.subject_tasks import make_subject_tasks
 from attnctrl.bench.subjects import METHODS, PLAIN, TABLE, Way, draw_subjects, measure, parse_ways
 from attnctrl.commands.subjects import parse_subjects
 from attnctrl.pipelines import SubjectsPipeline
+from attnctrl.pipelines import subjects as pipelines_subjects
 from attnctrl.pipelines.subjects import NOISES
 from attnctrl.shapes.detect import detect
 from attnctrl.shapes.render import render
@@ -93,7 +94,21 @@ def test_a_set_of_prompts_and_methods_of_layout() -> None:
         "in-context-mask",
         "localized-residual",
         "masked-adain",
+        "persona-hoi",
     ]
+
+
+def test_a_persona_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are learned for it; the prompt's first picture is the plain one, whatever they are."""
+    found = {}
+    for size in (1.0, 5.0):
+        words = {subject.phrase: torch.linspace(-size, size, 16) for subject in two()}
+        monkeypatch.setattr(pipelines_subjects, "learn_words", lambda *args, words=words, **kwargs: words)
+        result = SubjectsPipeline(tiny.sd())([PROMPT] * 2, two(), method="persona-hoi", **FEW)
+        found[size] = [np.asarray(image) for image in result.images]
+    assert (found[1.0][0] == found[5.0][0]).all()
+    assert not (found[1.0][1] == found[1.0][0]).all()
+    assert not (found[1.0][1] == found[5.0][1]).all()
 
 
 def test_bad_input_is_a_sentence() -> None:

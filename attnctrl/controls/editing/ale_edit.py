@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 
 from attnctrl.control import Control, Where, param
+from attnctrl.controls.editing.alignment import aligned
 from attnctrl.controls.editing.sources import Sources
 from attnctrl.edits import Edit
 from attnctrl.errors import ControlError
 from attnctrl.kernels import combine_masks
+from attnctrl.prompt import PromptTokens
 from attnctrl.regions import Region
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid, Stream
@@ -40,15 +42,38 @@ def spliced(joint: torch.Tensor, singles: Sequence[torch.Tensor], places: Sequen
     return base
 
 
+def passed_on(
+    source: PromptTokens, target: PromptTokens, count: int, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> torch.Tensor:
+    """The map (count, count) from the source's columns of attention to the target's, as in `alignment.aligned`.
+
+    pairs: the places of each object's words in the source and in the target: word for word where they are equally
+    many, else all of the object's attention in equal parts. Other words pass theirs on where both prompts have them.
+    """
+    passed, _ = aligned(source, target, count, "refine")
+    for before, after in pairs:
+        passed[list(before)] = 0
+        passed[:, list(after)] = 0
+        if len(before) == len(after):
+            passed[list(before), list(after)] = 1
+        else:
+            passed[torch.tensor(before)[:, None], torch.tensor(after)] = 1 / len(after)
+    return passed
+
+
 @dataclass
 class State:
-    """embeddings: (objects + 1, pictures, tokens, channels), the last for the background. words: bool (pictures,
-    objects, tokens). inside: by grid, bool (objects + 1, latent tokens), exactly one of them at each.
+    """embeddings: (objects + 1, pictures, tokens, channels), the last for the background. words, before: bool
+    (pictures, objects, tokens), the objects' words in each picture's prompt and in the source's. passed: (pictures,
+    tokens, tokens), the map of columns from the source. inside: by grid, bool (objects + 1, latent tokens), exactly
+    one of them at each.
     """
 
     sources: Sources
     embeddings: torch.Tensor
     words: torch.Tensor
+    before: torch.Tensor
+    passed: torch.Tensor
     regions: list[Region]
     inside: dict[Grid, torch.Tensor] = field(default_factory=dict)
 
@@ -69,9 +94,14 @@ class AleEdit(Control):
     object's mask gets the values of an embedding that knows this object alone, outside all of them those of the whole
     prompt (RGB-CAM); an object's words are not seen outside its mask. Until `self_until` the self-attention maps are
     the source's. Background blending is `SourceBlend`, which EditPipeline adds for masks; the paper's inversion is
-    "virtual". The code also hides an object's words outside its mask, where the paper's formula only blends; so does
-    this, with -inf for its -100. The code splices the joint embedding wrongly for the second and third object; this
-    does not. Families: UNets with CLIP's text encoders.
+    "virtual".
+    Departures: until `cross_until` the cross-attention maps are the source's too, an object's words taking the place
+    of those that they replace, as in Prompt-to-Prompt. The paper leaves it to the new words to find their object
+    (`cross_until` 0), and where the latents still hold the old one they do not: on shapes-sd it loses half of the
+    objects that change. The code hides an object's words outside its mask, where the paper's formula only blends; so
+    does this, with -inf for its -100. The code splices the joint embedding wrongly for the second and third object;
+    this does not.
+    Families: UNets with CLIP's text encoders.
     """
 
     paper: ClassVar[str] = "arXiv 2412.04715"
@@ -81,6 +111,7 @@ class AleEdit(Control):
     branches: tuple[str, ...] = field(default=("cond", "uncond"), kw_only=True)
     edits: Sequence[Edit] = ()
     self_until: float = param(0.5, "part of the run with the source's self-attention", 0, 1)
+    cross_until: float = param(0.8, "part of the run with the source's cross-attention maps", 0, 1)
 
     @property
     def idle(self) -> bool:
@@ -91,12 +122,20 @@ class AleEdit(Control):
         bare = next((edit for edit in self.edits if edit.mask is None), None)
         if bare is not None:
             raise ControlError(f'AleEdit needs a mask for every edit: "{bare.source}" has none.')
+        gone = next((edit for edit in self.edits if not edit.target.strip()), None)
+        if gone is not None:
+            raise ControlError(
+                f'AleEdit draws an object in its place, and the edit of "{gone.source}" has no words for it.'
+            )
         regions = [Region(edit.target, mask=edit.mask) for edit in self.edits]
         for region in regions:
             region.check_aspect(*sampling.latent_grid[1:])
         singles = sampling.encode([edit.target for edit in self.edits]).positive
         whole = sampling.encode(list(sampling.prompts or [])).positive
-        embeddings, words = [], torch.zeros(sampling.prompt_count, len(regions), sampling.text_tokens, dtype=torch.bool)
+        prompts, count = sampling.prompt_count, sampling.text_tokens
+        before = [sampling.find(edit.source, 0, 0) for edit in self.edits]
+        embeddings, words = [], torch.zeros(prompts, len(regions), count, dtype=torch.bool)
+        passed = torch.eye(count).repeat(prompts, 1, 1)
         for p, tokens in enumerate(sampling.tokens):
             if p == 0:
                 embeddings.append(whole[:1].expand(len(regions) + 1, -1, -1))
@@ -111,13 +150,19 @@ class AleEdit(Control):
             embeddings.append(torch.stack([*alone, spliced(whole[p], list(singles), places)]))
             for i, where in enumerate(places):
                 words[p, i, list(where)] = True
+            pairs = list(zip(before, places, strict=True))
+            passed[p] = passed_on(sampling.tokens[0][0], tokens[0], count, pairs)
+        earlier = torch.zeros_like(words)
+        for i, where in enumerate(before):
+            earlier[1:, i, list(where)] = True
         stacked = torch.stack(embeddings, dim=1).to(sampling.device, sampling.dtype)
         images = sampling.images_per_prompt
+
+        def rows(per_prompt: torch.Tensor) -> torch.Tensor:
+            return per_prompt.to(sampling.device).repeat_interleave(images, dim=0)
+
         return State(
-            sources,
-            stacked.repeat_interleave(images, dim=1),
-            words.to(sampling.device).repeat_interleave(images, dim=0),
-            regions,
+            sources, stacked.repeat_interleave(images, dim=1), rows(words), rows(earlier), rows(passed), regions
         )
 
     def inputs(self, call: Call, state: State) -> Call:
@@ -131,14 +176,20 @@ class AleEdit(Control):
         assert call.queries.grid is not None
         inside = state.masks(call.queries.grid)
         edits = state.sources.edits(call.query)
+        values, words = [call.project(one)[1] for one in state.embeddings], state.words
+        own = call.value
+        if call.step.progress < self.cross_until:
+            # Moving columns of a map is moving the values that they are multiplied by.
+            call = call.change(query=state.sources.of_source(call.query), key=state.sources.of_source(call.key))
+            values = [torch.einsum("bst,bhtd->bhsd", state.passed.to(v.dtype), v) for v in values]
+            words = state.before
         # A latent outside an object does not see the object's words; the source sees everything.
-        hidden = torch.einsum("bit,iq->bqt", state.words.float(), (~inside[:-1]).float()) > 0
+        hidden = torch.einsum("bit,iq->bqt", words.float(), (~inside[:-1]).float()) > 0
         mask = combine_masks([m for m in (call.mask, ~hidden[:, None] | ~edits) if m is not None])
-        weights = torch.where(edits, inside[:, None, None, :, None].to(call.value.dtype), 0)
-        values = [call.project(one)[1] for one in state.embeddings]
+        weights = torch.where(edits, inside[:, None, None, :, None].to(own.dtype), 0)
         streams = [
             Stream(call.key, value, weight, mask) for value, weight in zip(values[:-1], weights[:-1], strict=True)
         ]
         base = torch.where(edits, weights[-1], 1)
-        value = torch.where(edits, values[-1], call.value)
+        value = torch.where(edits, values[-1], own)
         return call.change(value=value, mask=mask).shared(base, *streams)

@@ -86,6 +86,10 @@ class PromptToPrompt(Control):
 
     def begin(self, sampling: Sampling) -> State:
         sources = Sources.of(sampling, self.name)
+        if not any(site.kind == "cross" for site in sampling.sites):
+            raise ControlError(
+                "PromptToPrompt passes cross-attention on, and this model has joint attention: use MutualSelfAttention."
+            )
         count, prompts = sampling.text_tokens, sampling.prompt_count
         passed = torch.eye(count).repeat(prompts, 1, 1)
         taken, factors = torch.zeros(prompts, count), torch.ones(prompts, count)

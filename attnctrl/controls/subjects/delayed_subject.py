@@ -21,6 +21,23 @@ def personalised(text: torch.Tensor, places: tuple[int, ...], embedding: torch.T
     return changed
 
 
+def fitted(
+    text: torch.Tensor, sampling: Sampling, prompt: int, phrase: str, embedding: torch.Tensor, who: str
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The text (tokens, channels) of a prompt with an embedding in the place of a phrase's last tokens, and which.
+
+    Raises ControlError for phrases that are not in the prompt, and embeddings that do not fit.
+    """
+    places = sampling.find(phrase, prompt)
+    given = embedding[None] if embedding.ndim == 1 else embedding
+    if given.ndim != 2 or given.shape[1] != text.shape[1] or not 1 <= len(given) <= len(places):
+        raise ControlError(
+            f'{who} has an embedding of shape {tuple(embedding.shape)} for "{phrase}", which is {len(places)} tokens '
+            f"of {text.shape[1]} channels: give at most so many."
+        )
+    return personalised(text, places, given), places[-len(given) :]
+
+
 @dataclass(frozen=True)
 class DelayedSubject(Control):
     """Delayed subject conditioning of FastComposer (Xiao et al., arXiv 2305.10431, sec. 4.3), for any embeddings.
@@ -52,14 +69,7 @@ class DelayedSubject(Control):
                 # A picture of a set, or a reference, need not show every subject; some prompt must name it.
                 if p and not any(tokens.occurrences(phrase) for tokens in sampling.tokens[p]):
                     continue
-                places = sampling.find(phrase, p)
-                given = embedding[None] if embedding.ndim == 1 else embedding
-                if given.ndim != 2 or given.shape[1] != text.shape[1] or not 1 <= len(given) <= len(places):
-                    raise ControlError(
-                        f'DelayedSubject has an embedding of shape {tuple(embedding.shape)} for "{phrase}", which is '
-                        f"{len(places)} tokens of {text.shape[1]} channels: give at most so many."
-                    )
-                text = personalised(text, places, given)
+                text, _ = fitted(text, sampling, p, phrase, embedding, self.name)
             texts.append(text)
         stacked = torch.stack(texts).to(sampling.device, sampling.dtype)
         return stacked.repeat_interleave(sampling.images_per_prompt, dim=0)
