@@ -13,6 +13,8 @@ from attnctrl.ui.edit_tab import draw_edit
 from attnctrl.ui.explain_tab import draw_explain
 from attnctrl.ui.files import MEGABYTES
 from attnctrl.ui.layout_tab import draw_layout
+from attnctrl.ui.read_tab import draw_read
+from attnctrl.ui.subjects_tab import draw_subjects
 
 TITLE = "attnctrl"
 CSS = """
@@ -33,11 +35,15 @@ def build_app(backend: Backend, at_once: int = 1, longest: int = 16) -> gr.Block
         gr.Markdown(f"## attnctrl: attention control for diffusion models\nModel: `{backend.model}`")
         draw_api(desk)  # first: names of endpoints are given in the order of drawing
         with gr.Tab("Layout", id="layout"):
-            draw_layout(desk)
+            draw_layout(desk, page)
         with gr.Tab("Edit", id="edit"):
-            draw_edit(desk)
+            draw_edit(desk, page)
+        with gr.Tab("Subjects", id="subjects"):
+            draw_subjects(desk, page)
+        with gr.Tab("Read", id="read"):
+            draw_read(desk, page)
         with gr.Tab("Explain", id="explain"):
-            draw_explain(desk)
+            draw_explain(desk, page)
 
         def leave(request: gr.Request) -> None:
             """A closed page's runs are nobody's."""
