@@ -67,6 +67,8 @@ def launch(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **
         ssr_mode=False,
         mcp_server=False,
         footer_links=[],
+        # Gradio gives its own server three seconds to answer a second time, and on a busy machine takes it for dead.
+        _frontend=False,
         css=CSS,
         **more,
     )
