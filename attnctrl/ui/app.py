@@ -23,6 +23,7 @@ CSS = """
 .fields > .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }
 .fields > .form > * { min-width: 0 !important; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
+.maps .fixed-height { min-height: 0; max-height: none; }
 .status p { font-size: 1.05em; }
 .problem p { color: var(--error-text-color, #b91c1c); }
 """

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from attnctrl.models import SHIPPED
+from attnctrl.pipelines.readout import LATE
 from attnctrl.ui.request import Place, Request, Sitter
 
 _LEFT, _RIGHT = (0.06, 0.25, 0.46, 0.75), (0.54, 0.25, 0.94, 0.75)
@@ -83,7 +84,7 @@ def read_example() -> tuple[list[Image.Image], Request]:
         task="read",
         prompt="a red circle and a blue square on a white background",
         regions=(Place("circle", (0.14, 0.19, 0.46, 0.51)),),
-        methods={"segment": {}},
+        methods={"segment": {"window_start": LATE.start}},
         phrases=("red circle", "blue square"),
         steps=10,
     )

@@ -73,7 +73,13 @@ def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, m
     if maps is not None:
         with gr.Accordion(maps, open=True):
             gallery = gr.Gallery(
-                format="png", columns=4, height="auto", object_fit="contain", show_label=False, elem_id=f"{name}-maps"
+                format="png",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                show_label=False,
+                elem_id=f"{name}-maps",
+                elem_classes="maps",
             )
     download = gr.DownloadButton("Download PNG with its parameters", interactive=False, elem_id=f"{name}-download")
     with gr.Accordion("This run as a program or a command line", open=False):

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from attnctrl.errors import ControlError
+from attnctrl.pipelines.readout import LATE
 from attnctrl.ui.canvas import backdrop, draw_canvas, scene
 from attnctrl.ui.chooser import draw_chooser
 from attnctrl.ui.desk import Desk
@@ -18,6 +19,8 @@ from attnctrl.ui.panel import connect_stop, draw_buttons, draw_panel, follow, pl
 from attnctrl.ui.request import STEPS, Request, read_places
 from attnctrl.ui.result import Pictures
 
+GIVEN = {"window_start": LATE.start}
+"""What the form of `segment` begins with: in given pictures the first steps show noise."""
 _FILE: dict[str, Any] = {"file_types": [".png", ".jpg", ".jpeg", ".webp"], "height": 110}
 
 
@@ -28,10 +31,10 @@ def draw_read(desk: Desk, page: gr.Blocks) -> None:
             fill = gr.Button("Example", size="sm", visible=has_examples(backend.model), elem_id="read-example")
             with gr.Row():
                 given = gr.File(label="The picture", elem_id="read-file", min_width=140, **_FILE)
-                other = gr.File(
-                    label="Another, for segment-like-me and correspond", elem_id="read-other", min_width=140, **_FILE
-                )
+                other = gr.File(label="Another (not for segment)", elem_id="read-other", min_width=140, **_FILE)
             chooser = draw_chooser(backend, "read", ["segment"], most=1)
+            for field, begin_with in zip(chooser.inputs, chooser.values({"segment": GIVEN}), strict=True):
+                field.value = begin_with
             prompt = gr.Textbox(
                 label="What the picture shows", info="for segment", lines=2, max_length=2000, elem_id="read-prompt"
             )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from attnctrl.controls import method
 from attnctrl.errors import ControlError
 from attnctrl.fields import arguments
 from attnctrl.install import share
@@ -28,13 +29,16 @@ def read(backend: Backend, request: Request, watch: Watch, pictures: Pictures = 
 
     Raises ControlError for another number of methods than one, and where it lacks its picture, region or words.
     """
-    check_reading(request, len(pictures))
+    check_reading(request)
     (name,) = request.methods
+    wanted = 1 if name == "segment" else 2
+    if len(pictures) != wanted:
+        also = "" if wanted == 1 else ": the example and the one that is read"
+        raise ControlError(f"{name} takes {wanted} picture{'s' * (wanted > 1)}, and {len(pictures)} are given{also}.")
     for picture in pictures:
         check_sides(picture)
     reader = ReadoutPipeline(share(backend.pipe), backend.callback(backend.pipe, watch, "reading"))
-    params = arguments(name, request.methods[name], {}, {})
-    about: dict[str, Any] = {"steps": request.steps, "seed": params.pop("seed", request.seed), **params}
+    about = about_reading(request)
     first, other = pictures[0].convert("RGB"), pictures[-1].convert("RGB")
     if name == "segment":
         segments = reader.segment(first, request.prompt, list(request.phrases) or None, **about)
@@ -52,15 +56,20 @@ def read(backend: Backend, request: Request, watch: Watch, pictures: Pictures = 
     return _marked(first, other, [place.region() for place in request.regions], found)
 
 
-def check_reading(request: Request, pictures: int) -> None:
+def about_reading(request: Request) -> dict[str, Any]:
+    """What the request gives to the method of its reading: steps, seed, window and whatever else was set."""
+    ((name, given),) = request.methods.items()
+    params = arguments(name, given, {}, {})
+    # Said in any case: the pipeline has a default of its own, and the form shows the method's.
+    window: Any = method(name).control.__dataclass_fields__["window"].default
+    return {"window": window, "steps": request.steps, "seed": request.seed, **params}
+
+
+def check_reading(request: Request) -> None:
     """Raises ControlError where the one method of the request lacks what it reads."""
     if len(request.methods) != 1:
         raise ControlError("reading takes one method: choose segment, segment-like-me or correspond.")
     (name,) = request.methods
-    wanted = 1 if name == "segment" else 2
-    if pictures != wanted:
-        also = "" if wanted == 1 else ": the example and the one that is read"
-        raise ControlError(f"{name} takes {wanted} picture{'s' * (wanted > 1)}, and {pictures} are given{also}.")
     if name != "segment" and not request.regions:
         what = "the point that is looked for" if name == "correspond" else "each part that is looked for"
         raise ControlError(f"{name} needs a region around {what}: draw it in the first picture.")

@@ -12,7 +12,7 @@ from attnctrl.controls import method
 from attnctrl.errors import ControlError
 from attnctrl.fields import arguments
 from attnctrl.pipelines.methods import ANY_TASK
-from attnctrl.ui.reading import center
+from attnctrl.ui.reading import about_reading, center, check_reading
 from attnctrl.ui.request import Place, Request
 from attnctrl.ui.runs import subject_of
 
@@ -111,10 +111,9 @@ def _subjects(request: Request, model: str, files: Mapping[str, Path]) -> str:
 
 
 def _read(request: Request, model: str, files: Mapping[str, Path]) -> str:
-    (name,) = request.methods or ("segment",)
-    params = arguments(name, request.methods.get(name, {}), {}, {})
-    given = {"steps": request.steps, "seed": params.pop("seed", request.seed), **params}
-    about = "".join(f", {k}={_shown(v)!r}" for k, v in given.items())
+    check_reading(request)
+    (name,) = request.methods
+    about = "".join(f", {k}={_shown(v)!r}" for k, v in about_reading(request).items())
     lines = ["import numpy as np"] if name == "segment-like-me" else []
     lines += [
         "from PIL import Image",
@@ -133,8 +132,7 @@ def _read(request: Request, model: str, files: Mapping[str, Path]) -> str:
         return "\n".join([*lines, '    segments.mask(phrase).save(f"mask-{number}.png")', ""])
     lines.append('other = Image.open("picture1.png").convert("RGB")')
     if name == "correspond":
-        point = center(request) if request.regions else (0.5, 0.5)
-        return "\n".join([*lines, f"print(read.correspond(picture, {point!r}, other{about}))", ""])
+        return "\n".join([*lines, f"print(read.correspond(picture, {center(request)!r}, other{about}))", ""])
     names = list(dict.fromkeys(place.phrase for place in request.regions))
     lines.append("labels = np.zeros((picture.height, picture.width), dtype=np.int64)")
     for place in request.regions:
