@@ -10,11 +10,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from PIL import Image
 
 from attnctrl.control import Control
@@ -79,6 +77,8 @@ def ddim_trajectory(job: Job) -> torch.Tensor:
 
     At guidance 1 with the source's prompt (Song et al., arXiv 2010.02502, sec. 4.3; Dhariwal and Nichol, 2105.05233).
     """
+    from diffusers import DDIMInverseScheduler
+
     forward = job.pipe.scheduler
     job.pipe.scheduler = DDIMInverseScheduler.from_config(forward.config)
     found = [job.clean()]
@@ -142,19 +142,12 @@ def edit_friendly(job: Job) -> Start:
     return Start(start, (SourceGuidance(scale=3.5),), {"eta": 1.0}, follow=(follow,))
 
 
-class ReversedFlow(FlowMatchEulerDiscreteScheduler):
-    """The Euler steps of a rectified flow from picture to noise."""
-
-    # Pipelines inspect the signature to see which schedules it takes.
-    @wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        super().set_timesteps(*args, **kwargs)
-        self.sigmas: torch.Tensor = self.sigmas.flip(0)
-        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
-
-
 def rf(job: Job) -> Start:
     """The flow run backwards, led half-way to noise, and forwards, led to the picture: RF inversion (2410.10792)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from attnctrl.reversed_flow import ReversedFlow
+
     forward = job.pipe.scheduler
     if not isinstance(forward, FlowMatchEulerDiscreteScheduler):
         raise ControlError(
@@ -177,6 +170,8 @@ def virtual(job: Job) -> Start:
     Models that predict noise draw by DDIM with eta 1, unless the call says otherwise, or by their own consistency
     sampler: what the edit's prediction is off by then goes with the old noise, in InfEdit all of it.
     """
+    from diffusers import LCMScheduler
+
     if "beta_start" in job.pipe.scheduler.config and not isinstance(job.pipe.scheduler, LCMScheduler):
         use_ddim(job.pipe, 'inversion "virtual"')
     takes = "eta" in inspect.signature(type(job.pipe).__call__).parameters
@@ -213,6 +208,8 @@ def use_ddim(pipe: Any, who: str) -> None:
 
     Raises ControlError for models of rectified flow; `who` needs it.
     """
+    from diffusers import DDIMScheduler
+
     config = pipe.scheduler.config
     if "beta_start" not in config:
         raise ControlError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnctrl.encoding import encode_picture
@@ -29,6 +28,8 @@ def learn_word(
     references each, under the prompt of the subject, which must hold its phrase. No weight of the model changes.
     Raises ControlError for other models than UNets with one text encoder that predict noise.
     """
+    from diffusers import UNet2DConditionModel
+
     unet: Any = getattr(pipe, "unet", None)
     config = pipe.scheduler.config
     known = isinstance(unet, UNet2DConditionModel) and not hasattr(pipe, "tokenizer_2")

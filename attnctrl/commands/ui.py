@@ -40,7 +40,13 @@ def main(args: argparse.Namespace) -> int:
     from attnctrl.ui.app import build_app, launch
     from attnctrl.ui.backend import Backend
 
-    files = {path.name: path.resolve() for path in args.file}
-    page = build_app(Backend(load_pipeline(args.model, device=args.device), args.model, files), args.at_once)
-    launch(page, args.host, args.port)
+    backend = Backend(args.model, {path.name: path.resolve() for path in args.file})
+    page = build_app(backend, args.at_once)
+    # The page is served while the model loads; what needs the model waits for it.
+    launch(page, args.host, args.port, prevent_thread_lock=True)
+    try:
+        backend.open(lambda: load_pipeline(args.model, device=args.device))
+        page.block_thread()
+    finally:
+        page.close()
     return 0

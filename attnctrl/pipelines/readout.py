@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,11 @@ class ReadoutPipeline:
 
     The sides of pictures are whole latents of the pipeline, mostly multiples of 8 or 16 pixels. steps: of the run
     along the picture; what is read is the mean over those in the control's window. params: of the control.
+    call: further arguments of every call of the base pipeline, such as its callback.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Any, call: Mapping[str, Any] | None = None) -> None:
+        self.pipe, self.call = pipe, dict(call or {})
 
     @classmethod
     def from_pretrained(cls, model: str, **kwargs: Any) -> ReadoutPipeline:
@@ -156,6 +157,7 @@ class ReadoutPipeline:
             )
         count = images * len(pictures)
         arguments = {
+            **self.call,
             "num_inference_steps": steps,
             "num_images_per_prompt": images,
             "height": height,

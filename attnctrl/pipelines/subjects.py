@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class SubjectsPipeline:
         prompt: str | Sequence[str],
         subjects: Sequence[Subject],
         *,
-        method: str | Control | Sequence[str | Control] = "magic-face",
+        method: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]] = "magic-face",
         reference_noise: str = "one",
         noise_scale: float = 1.0,
         num_inference_steps: int = 50,
@@ -92,13 +92,13 @@ class SubjectsPipeline:
     ) -> SubjectsResult:
         """Draw `prompt`, or each of several, with these subjects.
 
-        method: a name from the registry, a control, several of them, or "none". Methods for layout may be among them:
-        they put the subjects that have a region there. "delayed-subject" and "persona-hoi" by name learn a word for
-        each subject first, see `attnctrl.words.learn_word`; the latter wants the prompt twice and the subjects'
-        regions. reference_noise: how references are noised along the run, "one" noise, a "fresh" one in every step, or
-        by DDIM "inversion" (noise-predicting UNets); noise_scale: how much they have of it, see `DrawReferences`. A
-        subject of strength 0 takes no part. seed: of the first picture's noise, counted up for each further one of a
-        prompt. kwargs: arguments of the base pipeline, and parameters of the method.
+        method: a name from the registry, a control, several of them, names with the parameters of each, or "none".
+        Methods for layout may be among them: they put the subjects that have a region there. "delayed-subject" and
+        "persona-hoi" by name learn a word for each subject first, see `attnctrl.words.learn_word`; the latter wants the
+        prompt twice and the subjects' regions. reference_noise: how references are noised along the run, "one" noise, a
+        "fresh" one in every step, or by DDIM "inversion" (noise-predicting UNets); noise_scale: how much they have of
+        it, see `DrawReferences`. A subject of strength 0 takes no part. seed: of the first picture's noise, counted up
+        for each further one of a prompt. kwargs: arguments of the base pipeline, and parameters of the method.
         Raises ControlError for unknown names and parameters and for subjects that cannot be used.
         """
         if reference_noise not in NOISES:
@@ -110,7 +110,7 @@ class SubjectsPipeline:
         given = [prompt] if isinstance(prompt, str) else list(prompt)
         scenes = [one for one in given for _ in range(num_images_per_prompt)]
         placed = [subject.placed for subject in subjects if subject.placed is not None]
-        named = [method] if isinstance(method, str | Control) else list(method)
+        named: list[Any] = [method] if isinstance(method, str | Control) else list(method)
         learned = any(isinstance(one, str) and one in LEARNED for one in named)
         about: dict[str, Any] = {
             "subjects": subjects,

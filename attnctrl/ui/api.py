@@ -12,24 +12,25 @@ from attnctrl.controls import REGISTRY
 from attnctrl.errors import ControlError
 from attnctrl.fields import entries
 from attnctrl.ui.desk import Desk, sentence
-from attnctrl.ui.files import open_picture
+from attnctrl.ui.files import open_picture, open_pictures
 from attnctrl.ui.jobs import Progress, Waiting
 from attnctrl.ui.request import Request
 
 
 def draw_api(desk: Desk) -> None:
-    """Endpoints /layout, /edit, /explain, /check, /methods and /stop, with components that no page shows."""
+    """Endpoints for every tab, /check, /methods and /stop, with components that no page shows."""
     asked, file = gr.JSON(visible=False), gr.File(visible=False)
+    files = gr.File(file_count="multiple", visible=False)
     stock, controlled = gr.Image(format="png", visible=False), gr.Image(format="png", visible=False)
     maps, told = gr.Gallery(format="png", visible=False), gr.JSON(visible=False)
     pictures = [stock, controlled, maps, told]
 
     def runner(task: str) -> Callable[..., Iterator[tuple]]:
-        def run(request: gr.Request, given: Any, path: Any = None) -> Iterator[tuple]:
+        def run(request: gr.Request, given: Any, paths: Any = None) -> Iterator[tuple]:
             try:
                 wanted = Request.read({**given, "task": task} if isinstance(given, dict) else given)
-                picture = open_picture(path) if task == "edit" else None
-                for event in desk.run(wanted, str(request.session_hash), picture):
+                pictures = [open_picture(paths)] if task == "edit" else open_pictures(paths)
+                for event in desk.run(wanted, str(request.session_hash), pictures):
                     if isinstance(event, Waiting):
                         yield None, None, None, {"waiting": event.position}
                     elif isinstance(event, Progress):
@@ -45,6 +46,8 @@ def draw_api(desk: Desk) -> None:
 
     _endpoint("layout", runner("layout"), [asked], pictures)
     _endpoint("edit", runner("edit"), [asked, file], pictures)
+    _endpoint("subjects", runner("subjects"), [asked, files], pictures)
+    _endpoint("read", runner("read"), [asked, files], pictures)
     _endpoint("explain", runner("explain"), [asked], pictures)
 
     def check(given: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from attnctrl.ui.edit_tab import draw_edit
 from attnctrl.ui.explain_tab import draw_explain
 from attnctrl.ui.files import MEGABYTES
 from attnctrl.ui.layout_tab import draw_layout
+from attnctrl.ui.read_tab import draw_read
+from attnctrl.ui.subjects_tab import draw_subjects
 
 TITLE = "attnctrl"
 CSS = """
@@ -21,6 +23,7 @@ CSS = """
 .fields > .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }
 .fields > .form > * { min-width: 0 !important; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
+.maps .fixed-height { min-height: 0; max-height: none; }
 .status p { font-size: 1.05em; }
 .problem p { color: var(--error-text-color, #b91c1c); }
 """
@@ -33,11 +36,15 @@ def build_app(backend: Backend, at_once: int = 1, longest: int = 16) -> gr.Block
         gr.Markdown(f"## attnctrl: attention control for diffusion models\nModel: `{backend.model}`")
         draw_api(desk)  # first: names of endpoints are given in the order of drawing
         with gr.Tab("Layout", id="layout"):
-            draw_layout(desk)
+            draw_layout(desk, page)
         with gr.Tab("Edit", id="edit"):
-            draw_edit(desk)
+            draw_edit(desk, page)
+        with gr.Tab("Subjects", id="subjects"):
+            draw_subjects(desk, page)
+        with gr.Tab("Read", id="read"):
+            draw_read(desk, page)
         with gr.Tab("Explain", id="explain"):
-            draw_explain(desk)
+            draw_explain(desk, page)
 
         def leave(request: gr.Request) -> None:
             """A closed page's runs are nobody's."""
@@ -61,6 +68,8 @@ def launch(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **
         ssr_mode=False,
         mcp_server=False,
         footer_links=[],
+        # Gradio gives its own server three seconds to answer a second time, and on a busy machine takes it for dead.
+        _frontend=False,
         css=CSS,
         **more,
     )

@@ -1,4 +1,4 @@
-"""What the page's buttons do, without the page: a checked request in, pictures out."""
+"""The model of a page: what the page asks of it before a run, and what a run calls it with."""
 
 from __future__ import annotations
 
@@ -6,28 +6,19 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from attnctrl.control import Control
-from attnctrl.controls import method
-from attnctrl.edits import Edit
 from attnctrl.encoding import decode_latents
 from attnctrl.errors import ControlError
-from attnctrl.fields import arguments, make
 from attnctrl.install import share
-from attnctrl.maps import Maps
 from attnctrl.models import SHIPPED, call_arguments
-from attnctrl.nouns import find_pairs
-from attnctrl.pipelines import EditPipeline
 from attnctrl.processors import attention_kinds, family_of
 from attnctrl.prompt import PromptTokens, find_everywhere
-from attnctrl.run import control
 from attnctrl.ui.jobs import Progress, Watch, watch_denoisers
 from attnctrl.ui.request import Place, Request
 
@@ -35,35 +26,51 @@ PREVIEW_SHARE = 0.2
 """The part of a run's time that may go into decoding pictures on the way."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """stock, controlled: the pictures; of an edit, what the run makes of the given one unchanged, and the edited one.
-
-    overlays: heat maps over the picture, with their phrases. report: what acted where, and what it cost.
-    """
-
-    stock: Image.Image | None
-    controlled: Image.Image | None
-    overlays: list[tuple[Image.Image, str]] = field(default_factory=list)
-    report: str = ""
-    maps: Maps | None = None
-
-
 class Backend:
-    """One set of weights; every run has a light copy of the pipeline. Raises ControlError for models without support.
+    """One set of weights; every run has a light copy of the pipeline.
 
+    A page is drawn and served before its model is there: `open` brings it, and whatever asks for it earlier waits.
     model: the pipeline's name, for snippets and in pictures. files: plans that forms may name, by their file name.
     """
 
-    def __init__(self, pipe: Any, model: str, files: Mapping[str, Path] | None = None) -> None:
-        self.family, self.kinds = family_of(pipe), attention_kinds(pipe)
-        if not hasattr(pipe, "image_processor"):
-            raise ControlError(f"{type(pipe).__name__} draws clips: the page is for models that draw pictures.")
-        self.pipe, self.model, self.files = pipe, model, dict(files or {})
-        pipe.set_progress_bar_config(disable=True)
-        watch_denoisers(pipe)
+    def __init__(self, model: str, files: Mapping[str, Path] | None = None) -> None:
+        self.model, self.files = model, dict(files or {})
+        self._opened: Future[Any] = Future()
         # Tokenizers keep a state: the checks of all visitors share one copy, in turn.
-        self._reader, self._reading = share(pipe), threading.Lock()
+        self._reading = threading.Lock()
+
+    def open(self, load: Callable[[], Any]) -> Backend:
+        """Load the pipeline. Raises what `load` does, and ControlError for models without support; so does `pipe`."""
+        try:
+            pipe = load()
+            family_of(pipe)
+            if not hasattr(pipe, "image_processor"):
+                raise ControlError(f"{type(pipe).__name__} draws clips: the page is for models that draw pictures.")
+            pipe.set_progress_bar_config(disable=True)
+            watch_denoisers(pipe)
+        except BaseException as error:
+            self._opened.set_exception(error)
+            raise
+        self._opened.set_result(pipe)
+        return self
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, once it is loaded."""
+        return self._opened.result()
+
+    @cached_property
+    def family(self) -> Any:
+        return family_of(self.pipe)
+
+    @cached_property
+    def kinds(self) -> set[str]:
+        """The kinds of attention that the model has."""
+        return attention_kinds(self.pipe)
+
+    @cached_property
+    def _reader(self) -> Any:
+        return share(self.pipe)
 
     @property
     def guidance(self) -> float | None:
@@ -79,7 +86,6 @@ class Backend:
         height, width = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
-    # checks ---------------------------------------------------------------------------------------------------
     def tokens(self, prompt: str) -> list[PromptTokens]:
         """The prompt under each of the model's tokenizers."""
         defaults: dict[str, Any] = {}
@@ -112,72 +118,6 @@ class Backend:
         for place in places:
             find_everywhere(tokens, place.phrase)
 
-    def controls(self, request: Request) -> list[Control]:
-        """The controls of a layout request. Raises ControlError where a method lacks what it is about."""
-        regions = [place.region() for place in request.regions]
-        made = []
-        for name, given in request.methods.items():
-            subject = subject_of(name, request, regions)
-            made.append(make(name, given, subject, self.files))
-        return made
-
-    # runs -----------------------------------------------------------------------------------------------------
-    def run(self, request: Request, watch: Watch, picture: Image.Image | None = None) -> Result:
-        """Raises ControlError for what cannot be, Stopped when the watch says so."""
-        if request.task == "edit":
-            return self.edit(request, watch, picture)
-        return self.layout(request, watch) if request.task == "layout" else self.explain(request, watch)
-
-    def layout(self, request: Request, watch: Watch) -> Result:
-        """The controlled picture, then the stock one of the same seed."""
-        controls, pipe = self.controls(request), share(self.pipe)
-        controlled, maps, report = None, None, ""
-        if controls:
-            # Before the stock picture: it is here that input is refused.
-            arguments = self.arguments(pipe, request, watch, "controlled picture")
-            with control(pipe, *controls, record=list(request.phrases) or True) as run:
-                controlled = pipe(**arguments).images[0]
-            maps, report = run.maps, str(run.report)
-        stock = pipe(**self.arguments(pipe, request, watch, "stock picture")).images[0]
-        overlays = [] if controlled is None or maps is None else _overlays(maps, controlled)
-        return Result(stock, controlled, overlays, report, maps)
-
-    def explain(self, request: Request, watch: Watch) -> Result:
-        """The stock picture, with a map of every phrase, or of every word where none is named."""
-        phrases = list(request.phrases)
-        if not phrases:
-            text, words = self.words(request.prompt)
-            phrases = [text[a:b] for a, b in words if text[a].isalnum()]
-        pipe = share(self.pipe)
-        with control(pipe, record=list(dict.fromkeys(phrases))) as run:
-            picture = pipe(**self.arguments(pipe, request, watch, "picture")).images[0]
-        return Result(picture, None, _overlays(run.maps, picture), str(run.report), run.maps)
-
-    def edit(self, request: Request, watch: Watch, picture: Image.Image | None) -> Result:
-        """The given picture redrawn, and redrawn under the other prompt; a region confines the edit of its words."""
-        if picture is None:
-            raise ControlError("there is no picture: upload one.")
-        masks = {place.phrase.lower(): mask_of(place, picture.size) for place in request.regions}
-        known = [words.lower() for words, _ in request.edits]
-        for words in masks:
-            if words not in known:
-                raise ControlError(f'a region is for "{words}", which no edit changes: its phrase is words of an edit.')
-        told: dict[str, Any] = self.callback(self.pipe, watch, "edited picture")
-        result = EditPipeline(self.pipe)(
-            picture,
-            request.prompt,
-            request.target or None,
-            edits=[Edit(words, other, masks.get(words.lower())) for words, other in request.edits],
-            method={name: arguments(name, given, {}, self.files) for name, given in request.methods.items()},
-            inversion=request.inversion,
-            feather=request.feather,
-            num_inference_steps=request.steps,
-            guidance=request.guidance,
-            seed=request.seed,
-            **told,
-        )
-        return Result(result.reconstruction, result.images[0], report=str(result.run.report))
-
     def arguments(self, pipe: Any, request: Request, watch: Watch, what: str) -> dict[str, Any]:
         """What to call the pipeline with for a request that gives no picture."""
         given = {
@@ -189,8 +129,11 @@ class Backend:
         }
         return call_arguments(pipe, request.prompt, request.guidance, given)
 
-    def callback(self, pipe: Any, watch: Watch, what: str) -> dict[str, Callable]:
-        """The pipeline's argument that tells the watch of each step, with a picture where there is time for one."""
+    def callback(self, pipe: Any, watch: Watch, what: str, row: int = -1) -> dict[str, Callable]:
+        """The pipeline's argument that tells the watch of each step, with a picture where there is time for one.
+
+        row: of the batch, which picture that is.
+        """
         spent, began = 0.0, time.monotonic()
 
         def after_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +142,7 @@ class Backend:
             total, start = int(pipe.num_timesteps), time.monotonic()
             shown = None
             if index + 1 < total and watch.grid is not None and spent <= PREVIEW_SHARE * (start - began):
-                latents = self.family.unpacked(values["latents"][-1:], watch.grid)
+                latents = self.family.unpacked(values["latents"][[row]], watch.grid)
                 shown = decode_latents(pipe, latents)[0]
                 spent += time.monotonic() - start
             watch.tell(Progress(what, index + 1, total, shown))
@@ -207,40 +150,3 @@ class Backend:
 
         accepted = inspect.signature(type(pipe).__call__).parameters
         return {"callback_on_step_end": after_step} if "callback_on_step_end" in accepted else {}
-
-
-def subject_of(name: str, request: Request, regions: Any) -> dict[str, Any]:
-    """What a layout request gives to the method `name`, by the field that takes it.
-
-    Raises ControlError where the method would have nothing to act on.
-    """
-    found = method(name)
-    subject: dict[str, Any] = {}
-    if "regions" in found.settings:
-        if not request.regions:
-            raise ControlError(f"{name} places objects in regions: draw at least one.")
-        subject["regions"] = regions
-    if "phrases" in found.settings:
-        if request.phrases:
-            subject["phrases"] = list(request.phrases)
-        elif found.control.__dataclass_fields__["phrases"].default is not None:
-            subject["phrases"] = _named(name, request)
-    return subject
-
-
-def _named(name: str, request: Request) -> list[str]:
-    """The phrases of the regions, or the nouns of the prompt, for a method that does not look for them itself."""
-    found = [p.phrase for p in request.regions] or [one.noun.text for one in find_pairs(request.prompt)]
-    if not found:
-        raise ControlError(f"{name} needs phrases, and the prompt has no nouns that are found: name them.")
-    return list(dict.fromkeys(found))
-
-
-def mask_of(place: Place, size: tuple[int, int]) -> Image.Image:
-    """A region as a mask of `size` (width, height), white inside."""
-    inside = place.region().raster(size[1], size[0], "nearest")
-    return Image.fromarray((inside.numpy() * 255).astype(np.uint8))
-
-
-def _overlays(maps: Maps, picture: Image.Image) -> list[tuple[Image.Image, str]]:
-    return [(maps.overlay(picture, phrase), phrase) for phrase in maps.phrases]

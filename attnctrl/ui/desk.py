@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image
-
 from attnctrl.errors import ControlError
-from attnctrl.ui.backend import Backend, Result
+from attnctrl.ui.backend import Backend
 from attnctrl.ui.files import Outbox
 from attnctrl.ui.jobs import Job, Line, Stopped
 from attnctrl.ui.request import Request
+from attnctrl.ui.result import Pictures, Result
+from attnctrl.ui.runs import controls_of, draw
 from attnctrl.ui.snippets import command, python
 
 _LOG = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ class Desk:
         self.backend, self.line, self.outbox = backend, Line(at_once, longest), Outbox()
         self._jobs: list[tuple[str, Job]] = []
 
-    def run(self, request: Request, visitor: str, picture: Image.Image | None = None) -> Iterator[Any]:
+    def run(self, request: Request, visitor: str, pictures: Pictures = ()) -> Iterator[Any]:
         """What `Job.events` gives, a `Result` last. Raises as it does, and ControlError before there is a job."""
         if request.task == "layout":
-            self.backend.controls(request)
-        job = Job(self.line, lambda watch: self.backend.run(request, watch, picture))
+            controls_of(request, self.backend)
+        job = Job(self.line, lambda watch: draw(self.backend, request, watch, pictures))
         self._jobs.append((visitor, job))
         try:
             yield from job.events()

@@ -13,13 +13,14 @@ from attnctrl.inversion import INVERSIONS
 from attnctrl.ui.canvas import backdrop, draw_canvas, scene
 from attnctrl.ui.chooser import draw_chooser
 from attnctrl.ui.desk import Desk
-from attnctrl.ui.examples import edit_example
+from attnctrl.ui.examples import edit_example, has_examples
 from attnctrl.ui.files import open_picture
-from attnctrl.ui.panel import connect_stop, draw_buttons, draw_panel, follow, plain
-from attnctrl.ui.request import STEPS, Request, read_places
+from attnctrl.ui.panel import connect_stop, draw_buttons, draw_numbers, draw_panel, follow, plain
+from attnctrl.ui.request import Request, read_places
+from attnctrl.ui.result import Pictures
 
 
-def draw_edit(desk: Desk) -> None:
+def draw_edit(desk: Desk, page: gr.Blocks) -> None:
     backend = desk.backend
     with gr.Row():
         with gr.Column(scale=4):
@@ -27,12 +28,15 @@ def draw_edit(desk: Desk) -> None:
                 label="The picture (PNG, JPEG or WebP)", file_types=[".png", ".jpg", ".jpeg", ".webp"], height=110,
                 elem_id="edit-file",
             )  # fmt: skip
-            example = edit_example(backend.model)
-            fill = gr.Button("Example", size="sm", visible=example is not None, elem_id="edit-example")
+            fill = gr.Button("Example", size="sm", visible=has_examples(backend.model), elem_id="edit-example")
             prompt = gr.Textbox(label="What the picture shows", lines=2, max_length=2000, elem_id="edit-prompt")
             edits = gr.Textbox(
                 label="Changes, one a line", placeholder="red circle = green star", lines=2, max_length=4000,
                 info="words of the prompt = other words", elem_id="edit-edits",
+            )  # fmt: skip
+            moves = gr.Textbox(
+                label="Objects that move (design-edit), one a line", placeholder="red circle = 0.3, 0", max_length=4000,
+                info="words of a region = right, down [, size], or remove", elem_id="edit-moves",
             )  # fmt: skip
             target = gr.Textbox(label="Or the whole other prompt", max_length=2000, elem_id="edit-target")
             canvas = draw_canvas("edit-canvas", "drag to confine a change")
@@ -41,24 +45,19 @@ def draw_edit(desk: Desk) -> None:
             with gr.Row():
                 inversion = gr.Dropdown([*INVERSIONS], value="direct", label="Inversion", min_width=120)
                 feather = gr.Number(4, label="Soft edge, pixels", precision=0, minimum=0, maximum=256, min_width=110)
-            with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=90)
-                steps = gr.Slider(1, STEPS, value=50, step=1, label="Steps", min_width=140, elem_id="edit-steps")
-                guidance = gr.Number(
-                    backend.guidance, label="Guidance scale", info="empty: the model's own", minimum=0, maximum=100,
-                    min_width=120,
-                )  # fmt: skip
+            seed, steps, guidance = draw_numbers("edit", backend, 0, 50)
         with gr.Column(scale=5):
             run, stop = draw_buttons("edit")
-            panel = draw_panel("edit", run, stop, "Redrawn unchanged", "Edited", maps=False)
+            panel = draw_panel("edit", run, stop, "Redrawn unchanged", "Edited", None)
 
-    def read(values: tuple) -> tuple[Request, Any]:
-        file, prompt, edits, target, canvas, inversion, feather, seed, steps, guidance, *rest = values
+    def read(values: tuple) -> tuple[Request, Pictures]:
+        file, prompt, edits, moves, target, canvas, inversion, feather, seed, steps, guidance, *rest = values
         request = Request.read(
             {
                 "task": "edit",
                 "prompt": prompt,
                 "edits": read_edits(edits),
+                "moves": read_moves(moves),
                 "target": target,
                 "regions": [{k: v for k, v in vars(p).items() if v is not None} for p in read_places(canvas)],
                 "methods": chooser.methods(rest),
@@ -69,7 +68,7 @@ def draw_edit(desk: Desk) -> None:
                 "guidance": guidance,
             }
         )
-        return request, open_picture(file)
+        return request, [open_picture(file)]
 
     def go(request: gr.Request, *values: Any) -> Iterator[dict]:
         yield from follow(desk, panel, str(request.session_hash), lambda: read(values))
@@ -93,21 +92,24 @@ def draw_edit(desk: Desk) -> None:
             return words, plain(str(error))
         return words, ""
 
-    inputs = [given, prompt, edits, target, canvas, inversion, feather, seed, steps, guidance, *chooser.inputs]
+    inputs = [given, prompt, edits, moves, target, canvas, inversion, feather, seed, steps, guidance, *chooser.inputs]
     run.click(go, inputs, panel.outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     connect_stop(desk, stop)
-    if example is not None:
-        picture, wanted = example
 
-        def begin() -> list[Any]:
-            """The example's picture, prompt, changes and region."""
-            path = desk.outbox.put(picture, backend.model, wanted.data())
-            lines = [" = ".join(pair) for pair in wanted.edits]
-            return [path, wanted.prompt, "\n".join(lines), "", json.dumps(wanted.data()["regions"])]
+    def begin() -> list[Any]:
+        """The example's picture, prompt, changes and region."""
+        picture, wanted = edit_example()
+        path = desk.outbox.put(picture, backend.model, wanted.data())
+        lines = [" = ".join(pair) for pair in wanted.edits]
+        return [path, wanted.prompt, "\n".join(lines), "", "", json.dumps(wanted.data()["regions"])]
 
-        fill.click(
-            begin, None, [given, prompt, edits, target, canvas], show_progress="hidden", api_visibility="private"
-        )
+    def arrive(chosen: list[str]) -> list[Any]:
+        return [chooser.offered(chosen, backend.kinds), "Ready."]
+
+    page.load(arrive, chooser.chosen, [chooser.chosen, panel.status], show_progress="hidden", api_visibility="private")
+    fill.click(
+        begin, None, [given, prompt, edits, moves, target, canvas], show_progress="hidden", api_visibility="private"
+    )
     given.change(show, given, [canvas, problem], show_progress="hidden", api_visibility="private")
     for event in (prompt.change, canvas.change):
         event(
@@ -124,4 +126,22 @@ def read_edits(text: str) -> list[list[str]]:
         if not equals or not words:
             raise ControlError(f'the change "{line[:60]}": write words of the prompt = other words.')
         found.append([words, other])
+    return found
+
+
+def read_moves(text: str) -> list[dict[str, Any]]:
+    """ "words = right, down [, size]" or "words = remove" a line. Raises ControlError for other lines."""
+    found: list[dict[str, Any]] = []
+    for line in filter(str.strip, text.splitlines()):
+        words, _, rest = (part.strip() for part in line.partition("="))
+        if words and rest == "remove":
+            found.append({"phrase": words, "remove": True})
+            continue
+        try:
+            numbers = [float(one) for one in rest.split(",")]
+        except ValueError:
+            numbers = []
+        if not words or len(numbers) not in (2, 3):
+            raise ControlError(f'the move "{line[:60]}": write words = right, down [, size], or words = remove.')
+        found.append({"phrase": words, **dict(zip(("dx", "dy", "resize"), numbers, strict=False))})
     return found

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from attnctrl.models import SHIPPED
-from attnctrl.ui.request import Place, Request
+from attnctrl.pipelines.readout import LATE
+from attnctrl.ui.request import Place, Request, Sitter
 
 _LEFT, _RIGHT = (0.06, 0.25, 0.46, 0.75), (0.54, 0.25, 0.94, 0.75)
 
@@ -46,18 +47,63 @@ def examples(model: str) -> dict[str, Request]:
     return _SHAPES if model.startswith(SHIPPED) else _ANIMALS
 
 
-def edit_example(model: str) -> tuple[Image.Image, Request] | None:
-    """A picture and its edit, for models of the shapes world."""
-    if not model.startswith(SHIPPED):
-        return None
-    from attnctrl.shapes import Scene, Thing, render
+def has_examples(model: str) -> bool:
+    """Whether the pictures below mean something to the model: they are of the shapes world."""
+    return model.startswith(SHIPPED)
 
-    scene = Scene((Thing("circle", "red", 0.3, 0.35, 0.17), Thing("square", "blue", 0.68, 0.66, 0.18)), "white")
-    pixels = render([scene])[0].permute(1, 2, 0).numpy()
+
+def edit_example() -> tuple[Image.Image, Request]:
+    """A picture and its edit."""
     asked = Request(
         task="edit",
         prompt="a red circle and a blue square on a white background",
         edits=(("blue square", "yellow heart"),),
         regions=(Place("blue square", (0.42, 0.38, 0.96, 0.94)),),
     )
-    return Image.fromarray((pixels * 255).round().astype(np.uint8)), asked
+    return _picture(("circle", "red", 0.3, 0.35, 0.17), ("square", "blue", 0.68, 0.66, 0.18)), asked
+
+
+def subjects_example() -> tuple[list[Image.Image], Request]:
+    """One picture of each of two subjects, transparent around them, and where they belong."""
+    asked = Request(
+        task="subjects",
+        prompt="a circle and a square on a white background",
+        regions=(Place("a circle", _LEFT), Place("a square", _RIGHT)),
+        methods={"region-mask": {}, "delayed-subject": {"delay": 0.0}},
+        subjects=(Sitter("a circle"), Sitter("a square")),
+        seed=1,
+        steps=25,
+        guidance=3.5,
+    )
+    return [_cut_out("circle", "purple"), _cut_out("square", "green")], asked
+
+
+def read_example() -> tuple[list[Image.Image], Request]:
+    """Two pictures of the same things in other places; the regions are of the first."""
+    asked = Request(
+        task="read",
+        prompt="a red circle and a blue square on a white background",
+        regions=(Place("circle", (0.14, 0.19, 0.46, 0.51)),),
+        methods={"segment": {"window_start": LATE.start}},
+        phrases=("red circle", "blue square"),
+        steps=10,
+    )
+    first = _picture(("circle", "red", 0.3, 0.35, 0.17), ("square", "blue", 0.68, 0.66, 0.18))
+    return [first, _picture(("circle", "red", 0.66, 0.62, 0.17), ("square", "blue", 0.28, 0.3, 0.18))], asked
+
+
+def _picture(*things: tuple[str, str, float, float, float]) -> Image.Image:
+    from attnctrl.shapes import Scene, Thing, render
+
+    pixels = render([Scene(tuple(Thing(*one) for one in things), "white")])[0].permute(1, 2, 0).numpy()
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def _cut_out(shape: str, colour: str) -> Image.Image:
+    """A thing in the middle of its picture, all else transparent."""
+    from attnctrl.shapes import Thing, thing_mask
+
+    thing = (shape, colour, 0.5, 0.5, 0.22)
+    picture = _picture(thing)
+    picture.putalpha(Image.fromarray(np.uint8(255) * (np.asarray(thing_mask(Thing(*thing))) > 0.5)))
+    return picture

@@ -9,11 +9,11 @@ import gradio as gr
 
 from attnctrl.ui.desk import Desk
 from attnctrl.ui.examples import examples
-from attnctrl.ui.panel import connect_stop, draw_buttons, draw_panel, follow
-from attnctrl.ui.request import STEPS, Request
+from attnctrl.ui.panel import connect_stop, draw_buttons, draw_numbers, draw_panel, follow
+from attnctrl.ui.request import Request
 
 
-def draw_explain(desk: Desk) -> None:
+def draw_explain(desk: Desk, page: gr.Blocks) -> None:
     begin = next(iter(examples(desk.backend.model).values()))
     with gr.Row():
         with gr.Column(scale=4):
@@ -22,25 +22,23 @@ def draw_explain(desk: Desk) -> None:
                 label="Phrases", info="of the prompt, separated by commas; empty: every word", max_length=2000,
                 elem_id="explain-phrases",
             )  # fmt: skip
-            with gr.Row():
-                seed = gr.Number(begin.seed, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=90)
-                steps = gr.Slider(1, STEPS, value=25, step=1, label="Steps", min_width=140)
-                guidance = gr.Number(
-                    desk.backend.guidance, label="Guidance scale", info="empty: the model's own", minimum=0,
-                    maximum=100, min_width=120,
-                )  # fmt: skip
+            seed, steps, guidance = draw_numbers("explain", desk.backend, begin.seed, 25)
         with gr.Column(scale=5):
             run, stop = draw_buttons("explain")
-            panel = draw_panel("explain", run, stop, "Stock", None, maps=True)
+            panel = draw_panel("explain", run, stop, "Stock", None, "Heat maps of the phrases")
 
-    def read(prompt: str, phrases: str, seed: Any, steps: Any, guidance: Any) -> tuple[Request, None]:
+    def read(prompt: str, phrases: str, seed: Any, steps: Any, guidance: Any) -> tuple[Request, tuple]:
         named = [p.strip() for p in phrases.split(",") if p.strip()]
         given = {"task": "explain", "prompt": prompt, "phrases": named}
-        return Request.read({**given, "seed": seed, "steps": steps, "guidance": guidance}), None
+        return Request.read({**given, "seed": seed, "steps": steps, "guidance": guidance}), ()
 
     def go(request: gr.Request, *values: Any) -> Iterator[dict]:
         yield from follow(desk, panel, str(request.session_hash), lambda: read(*values))
 
+    def arrive() -> str:
+        return "Ready." if desk.backend.pipe is not None else ""
+
+    page.load(arrive, None, panel.status, show_progress="hidden", api_visibility="private")
     inputs = [prompt, phrases, seed, steps, guidance]
     run.click(go, inputs, panel.outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     connect_stop(desk, stop)

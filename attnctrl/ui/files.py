@@ -14,8 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from attnctrl.errors import ControlError
 
-MEGABYTES, PIXELS = 16, 4096 * 4096
-"""The largest file and picture that are opened."""
+MEGABYTES, PIXELS, PICTURES = 16, 4096 * 4096, 8
+"""The largest file and picture that are opened, and how many at once."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 KEY = "attnctrl"
@@ -29,6 +29,14 @@ def open_picture(path: Any) -> Image.Image:
     except Exception as error:  # decoders raise whatever they like
         raise ControlError(f"the picture cannot be decoded: {error}") from None
     return picture
+
+
+def open_pictures(paths: Any) -> list[Image.Image]:
+    """Several, in order. Raises ControlError as `open_picture` does, and for more than `PICTURES`."""
+    given = [paths] if isinstance(paths, str | Path) else [*(paths or [])]
+    if len(given) > PICTURES:
+        raise ControlError(f"there are {len(given)} pictures: give at most {PICTURES}.")
+    return [open_picture(path) for path in given]
 
 
 def _open(path: Any, formats: tuple[str, ...]) -> Image.Image:

@@ -14,11 +14,11 @@ from attnctrl.ui.chooser import draw_chooser
 from attnctrl.ui.desk import Desk
 from attnctrl.ui.examples import examples
 from attnctrl.ui.files import request_in
-from attnctrl.ui.panel import connect_stop, draw_buttons, draw_panel, follow, plain
-from attnctrl.ui.request import STEPS, Request, read_places
+from attnctrl.ui.panel import connect_stop, draw_buttons, draw_numbers, draw_panel, follow, plain
+from attnctrl.ui.request import SIDE, Request, read_places
 
 
-def draw_layout(desk: Desk) -> None:
+def draw_layout(desk: Desk, page: gr.Blocks) -> None:
     backend = desk.backend
     known = examples(backend.model)
     begin = next(iter(known.values()))
@@ -26,37 +26,28 @@ def draw_layout(desk: Desk) -> None:
         with gr.Column(scale=4):
             example = gr.Dropdown([*known], value=next(iter(known)), label="Examples", elem_id="layout-example")
             prompt = gr.Textbox(begin.prompt, label="Prompt", lines=2, max_length=2000, elem_id="layout-prompt")
-            height, width = backend.size
-            text, words = backend.words(begin.prompt)
-            canvas = draw_canvas("layout-canvas", "drag to draw a region", shape=[width, height], **scene(text, words))
+            canvas = draw_canvas("layout-canvas", "drag to draw a region", prompt=begin.prompt)
             canvas.value = _places(begin)
             problem = gr.Markdown("", elem_id="layout-problem", elem_classes="problem")
             chooser = draw_chooser(backend, "layout", [*begin.methods])
-            with gr.Row():
-                seed = gr.Number(begin.seed, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=90)
-                steps = gr.Slider(
-                    1, STEPS, value=begin.steps, step=1, label="Steps", min_width=140, elem_id="layout-steps"
-                )
-                guidance = gr.Number(
-                    backend.guidance, label="Guidance scale", info="empty: the model's own", minimum=0, maximum=100,
-                    min_width=120,
-                )  # fmt: skip
+            seed, steps, guidance = draw_numbers("layout", backend, begin.seed, begin.steps)
             with gr.Accordion("Size, and phrases for methods that take no regions", open=False):
                 phrases = gr.Textbox(
                     ", ".join(begin.phrases), label="Phrases", max_length=2000, elem_id="layout-phrases",
                     info="of the prompt, separated by commas; their heat maps are kept too",
                 )  # fmt: skip
                 with gr.Row():
-                    tall = gr.Number(
-                        None, label=f"Height, pixels (empty: {height})", precision=0, minimum=64, maximum=2048
-                    )
-                    wide = gr.Number(
-                        None, label=f"Width, pixels (empty: {width})", precision=0, minimum=64, maximum=2048
-                    )
+                    tall, wide = (
+                        gr.Number(
+                            None, label=f"{side}, pixels", info="empty: the model's own", precision=0, minimum=64,
+                            maximum=SIDE,
+                        )
+                        for side in ("Height", "Width")
+                    )  # fmt: skip
             loaded = gr.UploadButton("Load a downloaded PNG", file_types=[".png"], size="sm", elem_id="layout-load")
         with gr.Column(scale=5):
             run, stop = draw_buttons("layout")
-            panel = draw_panel("layout", run, stop, "Stock", "Controlled", maps=True)
+            panel = draw_panel("layout", run, stop, "Stock", "Controlled", "Heat maps of the phrases")
 
     first = [prompt, canvas, phrases, seed, steps, guidance, tall, wide]
     inputs = [*first, *chooser.inputs]
@@ -76,7 +67,13 @@ def draw_layout(desk: Desk) -> None:
         )
 
     def go(request: gr.Request, *values: Any) -> Iterator[dict]:
-        yield from follow(desk, panel, str(request.session_hash), lambda: (read(values), None))
+        yield from follow(desk, panel, str(request.session_hash), lambda: (read(values), ()))
+
+    def arrive(prompt: str, chosen: list[str]) -> list[Any]:
+        """What is known of the page once the model is there."""
+        height, width = backend.size
+        drawn = gr.HTML(shape=[width, height], **_scene(desk, prompt))
+        return [drawn, chooser.offered(chosen, backend.kinds), "Ready."]
 
     def check(prompt: str, canvas: str) -> tuple[Any, str]:
         """The words of the prompt for the canvas, and what is wrong with the regions."""
@@ -107,6 +104,10 @@ def draw_layout(desk: Desk) -> None:
         other = "" if model == backend.model else plain(f" It was made with {model[:200]}; this is {backend.model}.")
         return [*fill(asked)[:-1], f"Loaded.{other}"]
 
+    page.load(
+        arrive, [prompt, chooser.chosen], [canvas, chooser.chosen, panel.status], show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
     filled = [*inputs, *chooser.groups, panel.status]
     run.click(go, inputs, panel.outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     connect_stop(desk, stop)

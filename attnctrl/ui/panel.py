@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from attnctrl.ui.backend import Result
+from attnctrl.ui.backend import Backend
 from attnctrl.ui.desk import Desk, sentence
 from attnctrl.ui.jobs import Progress, Stopped, Waiting
-from attnctrl.ui.request import Request
+from attnctrl.ui.request import STEPS, Request
+from attnctrl.ui.result import Pictures, Result
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,22 @@ def draw_buttons(name: str) -> tuple[Any, Any]:
     return run, stop
 
 
-def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, maps: bool) -> Panel:
-    """first, second: what the pictures are; second is None for one alone."""
-    status = gr.Markdown("Ready.", elem_id=f"{name}-status", elem_classes="status")
+def draw_numbers(name: str, backend: Backend, seed: int, steps: int) -> list[Any]:
+    """Seed, steps and guidance scale, in this order."""
+    with gr.Row():
+        return [
+            gr.Number(seed, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=90),
+            gr.Slider(1, STEPS, value=steps, step=1, label="Steps", min_width=140, elem_id=f"{name}-steps"),
+            gr.Number(
+                backend.guidance, label="Guidance scale", info="empty: the model's own", minimum=0, maximum=100,
+                min_width=120,
+            ),
+        ]  # fmt: skip
+
+
+def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, maps: str | None) -> Panel:
+    """first, second: what the pictures are; second is None for one alone. maps: what the further pictures are."""
+    status = gr.Markdown("The model is loading ...", elem_id=f"{name}-status", elem_classes="status")
     with gr.Row():
         pictures = [
             gr.Image(
@@ -57,10 +70,16 @@ def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, m
             if label is not None
         ]  # fmt: skip
     gallery = None
-    if maps:
-        with gr.Accordion("Heat maps of the phrases", open=True):
+    if maps is not None:
+        with gr.Accordion(maps, open=True):
             gallery = gr.Gallery(
-                format="png", columns=4, height="auto", object_fit="contain", show_label=False, elem_id=f"{name}-maps"
+                format="png",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                show_label=False,
+                elem_id=f"{name}-maps",
+                elem_classes="maps",
             )
     download = gr.DownloadButton("Download PNG with its parameters", interactive=False, elem_id=f"{name}-download")
     with gr.Accordion("This run as a program or a command line", open=False):
@@ -73,11 +92,11 @@ def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, m
 
 
 def follow(
-    desk: Desk, panel: Panel, visitor: str, asked: Callable[[], tuple[Request, Image.Image | None]]
+    desk: Desk, panel: Panel, visitor: str, asked: Callable[[], tuple[Request, Pictures]]
 ) -> Iterator[dict[Any, Any]]:
     """A run from the page's values to its pictures, as updates of the panel; it ends with a sentence in any case.
 
-    asked: reads the request, and the given picture of an edit.
+    asked: reads the request, and the pictures that it is about.
     """
     yield {
         panel.run: gr.update(interactive=False),
@@ -85,12 +104,12 @@ def follow(
         panel.status: "Reading ...",
     }
     try:
-        request, picture = asked()
+        request, pictures = asked()
         python, command = desk.snippets(request)
         blank = {part: None for part in (panel.first, panel.second, panel.maps) if part is not None}
         yield {**blank, panel.python: python, panel.command: command, panel.download: gr.update(interactive=False)}
         where = ""
-        for event in desk.run(request, visitor, picture):
+        for event in desk.run(request, visitor, pictures):
             if isinstance(event, Waiting):
                 yield {panel.status: f"Waiting: number {event.position} in line."}
             elif isinstance(event, Progress):

@@ -12,16 +12,19 @@ from attnctrl.controls import method
 from attnctrl.errors import ControlError
 from attnctrl.fields import parameters
 from attnctrl.regions import Region
+from attnctrl.ui import checks
 
 TASKS = {
     "layout": ("layout", "fidelity", "guidance", "sparse"),
     "edit": ("editing", "guidance"),
+    "subjects": ("subjects", "layout", "guidance"),
+    "read": ("readout",),
     "explain": (),
 }
 """The tabs, and the tasks of the methods that each offers."""
 
-PROMPT, PHRASE, REGIONS, POINTS, STEPS, SIDE = 2000, 200, 32, 512, 200, 2048
-"""Most characters of a prompt and of a phrase, regions, points of a polygon, steps, pixels of a side."""
+PROMPT, REGIONS, POINTS, STEPS, SIDE, SUBJECTS = 2000, 32, 512, 200, 2048, 8
+"""Most characters of a prompt, regions, points of a polygon, steps, pixels of a side, subjects."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,33 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One run of the page.
+class Move:
+    """What becomes of the object in the region of this phrase: see `attnctrl.Layer`."""
 
-    task: a tab of `TASKS`. prompt: of an edit, what the given picture shows. methods: of each method, in order, what
-    differs from its defaults. phrases: for methods without regions, and for maps. guidance: a scale under whatever
-    name the model has for it, None for the model's default. target or edits, of (words, other words): of an edit.
+    phrase: str
+    dx: float = 0.0
+    dy: float = 0.0
+    resize: float = 1.0
+    remove: bool = False
+
+
+@dataclass(frozen=True)
+class Sitter:
+    """A subject: its phrase, how many of the given pictures show it, and how much of it there is to be."""
+
+    phrase: str
+    pictures: int = 1
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of the page. Pictures that it is about are given beside it, in order.
+
+    task: a tab of `TASKS`. prompt: of an edit and of reading, what the given picture shows. methods: of each method, in
+    order, what differs from its defaults. phrases: for methods without regions, and for maps. guidance: a scale under
+    whatever name the model has for it, None for the model's default. target or edits, of (words, other words): of an
+    edit. moves: of an edit's regions. subjects, noise: see `attnctrl.pipelines.SubjectsPipeline`.
     """
 
     task: str = "layout"
@@ -59,8 +83,11 @@ class Request:
     width: int | None = None
     target: str = ""
     edits: tuple[tuple[str, str], ...] = ()
+    moves: tuple[Move, ...] = ()
     inversion: str = "direct"
     feather: int = 4
+    subjects: tuple[Sitter, ...] = ()
+    noise: str = "one"
 
     @classmethod
     def read(cls, given: Any) -> Request:
@@ -79,22 +106,28 @@ class Request:
         task = given.get("task", "layout")
         if not isinstance(task, str) or task not in TASKS:
             raise ControlError(f"task is {task!r:.60}: choose one of {', '.join(TASKS)}.")
-        inversion = _text(given, "inversion", 40) or "direct"
+        methods = _methods(given.get("methods", {}), task)
         return cls(
             task=task,
-            prompt=_prompt(given),
-            regions=read_places(given.get("regions", ())),
-            methods=_methods(given.get("methods", {}), task),
-            phrases=tuple(_phrase(p) for p in _list(given.get("phrases", ()), "phrases", 64)),
-            seed=_whole(given, "seed", 0, 0, 2**53 - 1),
-            steps=_whole(given, "steps", 25, 1, STEPS),
-            guidance=None if given.get("guidance") is None else _number(given, "guidance", 0.0, 0.0, 100.0),
+            # Parts and points are found without words.
+            prompt=checks.text(given, "prompt", PROMPT)
+            if task == "read" and "segment" not in methods
+            else _prompt(given),
+            regions=read_places(given.get("regions", ()), named=task != "read"),
+            methods=methods,
+            phrases=tuple(checks.phrase(p) for p in checks.listed(given.get("phrases", ()), "phrases", 64)),
+            seed=checks.whole(given, "seed", 0, 0, 2**53 - 1),
+            steps=checks.whole(given, "steps", 25, 1, STEPS),
+            guidance=None if given.get("guidance") is None else checks.number(given, "guidance", 0.0, 0.0, 100.0),
             height=_side(given, "height"),
             width=_side(given, "width"),
-            target=_text(given, "target", PROMPT),
-            edits=tuple(_edit(e) for e in _list(given.get("edits", ()), "edits", 16)),
-            inversion=inversion,
-            feather=_whole(given, "feather", 4, 0, 256),
+            target=checks.text(given, "target", PROMPT),
+            edits=tuple(_edit(e) for e in checks.listed(given.get("edits", ()), "edits", 16)),
+            moves=tuple(_move(m) for m in checks.listed(given.get("moves", ()), "moves", 16)),
+            inversion=checks.text(given, "inversion", 40) or "direct",
+            feather=checks.whole(given, "feather", 4, 0, 256),
+            subjects=tuple(_sitter(s) for s in checks.listed(given.get("subjects", ()), "subjects", SUBJECTS)),
+            noise=checks.text(given, "noise", 40) or "one",
         )
 
     def data(self) -> dict[str, Any]:
@@ -106,94 +139,87 @@ class Request:
         return {"task": self.task, **kept}
 
 
-def read_places(given: Any) -> tuple[Place, ...]:
-    """Drawn regions from JSON data, or from its text. Raises ControlError for anything else."""
+def read_places(given: Any, named: bool = True) -> tuple[Place, ...]:
+    """Drawn regions from JSON data, or from its text; named: each has a phrase, else "part 1" and so on will do.
+
+    Raises ControlError for anything else.
+    """
     if isinstance(given, str):
         try:
             given = json.loads(given[:1_000_000] or "[]")
         except (ValueError, RecursionError):
             raise ControlError("the regions are no JSON.") from None
-    return tuple(_place(one, i + 1) for i, one in enumerate(_list(given, "regions", REGIONS)))
+    return tuple(_place(one, i + 1, named) for i, one in enumerate(checks.listed(given, "regions", REGIONS)))
 
 
-def _place(given: Any, number: int) -> Place:
+def _place(given: Any, number: int, named: bool) -> Place:
     if not isinstance(given, Mapping) or set(given) - {"phrase", "box", "polygon"}:
         raise ControlError(f"region {number} is {given!r:.60}: give a phrase, and a box or a polygon.")
-    phrase = given.get("phrase", "")
+    phrase = given.get("phrase", "") or ("" if named else f"part {number}")
     if not isinstance(phrase, str) or not phrase.strip():
         raise ControlError(f"region {number} has no phrase: click the words of the prompt that belong there.")
     box, polygon = given.get("box"), given.get("polygon")
     if (box is None) == (polygon is None):
         raise ControlError(f'region {number} ("{phrase[:60]}") needs either a box or a polygon.')
-    points = None if polygon is None else tuple(_numbers(p, number) for p in _list(polygon, "a polygon", POINTS))
-    place = Place(_phrase(phrase), None if box is None else _numbers(box, number), points)
+    points = (
+        None if polygon is None else tuple(_numbers(p, number) for p in checks.listed(polygon, "a polygon", POINTS))
+    )
+    place = Place(checks.phrase(phrase), None if box is None else _numbers(box, number), points)
     place.region()
     return place
 
 
 def _numbers(given: Any, number: int) -> tuple[float, ...]:
-    values = _list(given, f"the shape of region {number}", 4)
+    values = checks.listed(given, f"the shape of region {number}", 4)
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
         raise ControlError(f"region {number}: {given!r:.60} are no numbers: give fractions of the picture, 0 to 1.")
     return tuple(float(v) for v in values)
 
 
-def _list(given: Any, name: str, most: int) -> list[Any]:
-    if not isinstance(given, list | tuple):
-        raise ControlError(f"{name}: found {given!r:.60}, give a list.")
-    if len(given) > most:
-        raise ControlError(f"{name}: found {len(given)}, give at most {most}.")
-    return [*given]
-
-
 def _prompt(given: Mapping[str, Any]) -> str:
-    prompt = _text(given, "prompt", PROMPT)
+    prompt = checks.text(given, "prompt", PROMPT)
     if not prompt.strip():
         raise ControlError("there is no prompt: say what the picture shows.")
     return prompt
 
 
-def _text(given: Mapping[str, Any], name: str, most: int) -> str:
-    text = given.get(name, "")
-    if not isinstance(text, str):
-        raise ControlError(f"{name} is {text!r:.60}: give a text.")
-    if len(text) > most:
-        raise ControlError(f"{name} has {len(text)} characters: give at most {most}.")
-    return text
-
-
-def _phrase(given: Any) -> str:
-    if not isinstance(given, str) or not given.strip() or len(given) > PHRASE:
-        raise ControlError(f"the phrase {given!r:.60} is none: give 1 to {PHRASE} characters.")
-    return given.strip()
-
-
 def _edit(given: Any) -> tuple[str, str]:
-    pair = _list(given, "an edit", 2)
-    if len(pair) != 2 or not all(isinstance(text, str) and len(text) <= PHRASE for text in pair) or not pair[0].strip():
+    pair = checks.listed(given, "an edit", 2)
+    if (
+        len(pair) != 2
+        or not all(isinstance(text, str) and len(text) <= checks.PHRASE for text in pair)
+        or not pair[0].strip()
+    ):
         raise ControlError(f"the edit {given!r:.60} is none: give words of the prompt and other words.")
     return pair[0].strip(), pair[1].strip()
 
 
-def _number(given: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ControlError(f"{name} is {value!r:.60}: give a number from {low:g} to {high:g}.")
-    return float(value)
+def _move(given: Any) -> Move:
+    known = [f.name for f in fields(Move)]
+    if not isinstance(given, Mapping) or set(given) - {*known}:
+        raise ControlError(f"the move {given!r:.60} is none: give {', '.join(known)}.")
+    remove = given.get("remove", False)
+    if not isinstance(remove, bool):
+        raise ControlError(f"remove is {remove!r:.60}: give true or false.")
+    right, down = (checks.number(given, name, 0.0, -1.0, 1.0) for name in ("dx", "dy"))
+    return Move(checks.phrase(given.get("phrase")), right, down, checks.number(given, "resize", 1.0, 0.1, 10.0), remove)
 
 
-def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = given.get(name, default)
-    real = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not real or not low <= value <= high:
-        raise ControlError(f"{name} is {value!r:.60}: give a whole number from {low} to {high}.")
-    return int(value)
+def _sitter(given: Any) -> Sitter:
+    known = [f.name for f in fields(Sitter)]
+    if not isinstance(given, Mapping) or set(given) - {*known}:
+        raise ControlError(f"the subject {given!r:.60} is none: give {', '.join(known)}.")
+    pictures, strength = (
+        checks.whole(given, "pictures", 1, 1, SUBJECTS),
+        checks.number(given, "strength", 1.0, 0.0, 10.0),
+    )
+    return Sitter(checks.phrase(given.get("phrase")), pictures, strength)
 
 
 def _side(given: Mapping[str, Any], name: str) -> int | None:
     if given.get(name) is None:
         return None
-    side = _whole(given, name, 0, 64, SIDE)
+    side = checks.whole(given, name, 0, 64, SIDE)
     if side % 8:
         raise ControlError(f"{name} is {side} pixels: give a multiple of 8.")
     return side

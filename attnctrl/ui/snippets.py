@@ -12,11 +12,12 @@ from attnctrl.controls import method
 from attnctrl.errors import ControlError
 from attnctrl.fields import arguments
 from attnctrl.pipelines.methods import ANY_TASK
-from attnctrl.ui.backend import subject_of
+from attnctrl.ui.reading import about_reading, center, check_reading
 from attnctrl.ui.request import Place, Request
+from attnctrl.ui.runs import subject_of
 
-COMMANDS = {"layout": "layout", "edit": "editing"}
-"""The tabs that have a command, and the task of its methods."""
+COMMANDS = {"layout": ("layout",), "edit": ("editing",), "subjects": ("subjects", "layout")}
+"""The tabs that have a command, and the tasks of its methods."""
 
 
 class _Name(str):
@@ -27,8 +28,9 @@ class _Name(str):
 
 def python(request: Request, model: str, files: Mapping[str, Path] | None = None) -> str:
     """A program that draws the request's picture. Raises ControlError for requests that cannot be drawn."""
-    if request.task == "edit":
-        return _edit(request, model, files or {})
+    others = {"edit": _edit, "subjects": _subjects, "read": _read}
+    if request.task in others:
+        return others[request.task](request, model, files or {})
     lines = ["import torch", "", "import attnctrl as ac", "from attnctrl.models import call_arguments, load_pipeline"]
     lines += ["", f"pipe = load_pipeline({model!r})"]
     lines += _assigned("regions", [_region(p) for p in request.regions]) if request.regions else []
@@ -66,20 +68,90 @@ def _edit(request: Request, model: str, files: Mapping[str, Path]) -> str:
     for words, other in request.edits:
         mask = masks.get(words.lower())
         edits.append(_Name(f"ac.Edit({words!r}, {other!r}{', ' + mask if mask else ''})"))
-    methods = {name: arguments(name, given, {}, files) for name, given in request.methods.items()}
+    layers = []
+    for one in request.moves:
+        given = [f"{name}={getattr(one, name)!r}" for name in ("dx", "dy", "resize", "remove")]
+        layers.append(_Name(f"ac.Layer({', '.join([masks[one.phrase.lower()], *given])})"))
     lines += ["result = edit(", "    picture,", f"    {request.prompt!r},"]
     lines += [f"    {request.target!r},"] if request.target else []
     lines += [f"    edits={edits!r},"] if edits else []
-    lines += [f"    method={ {n: {k: _shown(v) for k, v in g.items()} for n, g in methods.items()}!r},"]
+    lines += [f"    layers={layers!r},"] if layers else []
+    lines += [f"    method={_methods(request, files)!r},"]
     lines += [f"    inversion={request.inversion!r},", f"    feather={request.feather},"]
     lines += [f"    num_inference_steps={request.steps},", f"    guidance={request.guidance!r},"]
     return "\n".join([*lines, f"    seed={request.seed},", ")", 'result.images[0].save("edited.png")', ""])
 
 
+def _subjects(request: Request, model: str, files: Mapping[str, Path]) -> str:
+    lines = [
+        "from PIL import Image",
+        "",
+        "import attnctrl as ac",
+        "from attnctrl.pipelines import SubjectsPipeline",
+        "",
+    ]
+    lines += [f"draw = SubjectsPipeline.from_pretrained({model!r})"]
+    places = {place.phrase.lower(): _region(place) for place in request.regions}
+    made, number = [], 0
+    for one in request.subjects:
+        pictures = [_Name(f'Image.open("picture{number + i}.png")') for i in range(one.pictures)]
+        number += one.pictures
+        region = f", region={places[one.phrase.lower()]}" if one.phrase.lower() in places else ""
+        made.append(_Name(f"ac.Subject({one.phrase!r}, {pictures!r}{region}, strength={one.strength!r})"))
+    lines += _assigned("subjects", made)
+    lines += [
+        "result = draw(",
+        f"    {request.prompt!r},",
+        "    subjects,",
+        f"    method={_methods(request, files)!r},",
+    ]
+    lines += [f"    reference_noise={request.noise!r},", f"    num_inference_steps={request.steps},"]
+    lines += [f"    guidance={request.guidance!r},", f"    seed={request.seed},", ")"]
+    return "\n".join([*lines, 'result.images[0].save("picture.png")', ""])
+
+
+def _read(request: Request, model: str, files: Mapping[str, Path]) -> str:
+    check_reading(request)
+    (name,) = request.methods
+    about = "".join(f", {k}={_shown(v)!r}" for k, v in about_reading(request).items())
+    lines = ["import numpy as np"] if name == "segment-like-me" else []
+    lines += [
+        "from PIL import Image",
+        "",
+        "import attnctrl as ac",
+        "from attnctrl.pipelines import ReadoutPipeline",
+        "",
+    ]
+    lines += [
+        f"read = ReadoutPipeline.from_pretrained({model!r})",
+        'picture = Image.open("picture0.png").convert("RGB")',
+    ]
+    if name == "segment":
+        call = f"read.segment(picture, {request.prompt!r}, {list(request.phrases) or None!r}{about})"
+        lines += [f"segments = {call}", "for number, phrase in enumerate(segments.phrases[0]):"]
+        return "\n".join([*lines, '    segments.mask(phrase).save(f"mask-{number}.png")', ""])
+    lines.append('other = Image.open("picture1.png").convert("RGB")')
+    if name == "correspond":
+        return "\n".join([*lines, f"print(read.correspond(picture, {center(request)!r}, other{about}))", ""])
+    names = list(dict.fromkeys(place.phrase for place in request.regions))
+    lines.append("labels = np.zeros((picture.height, picture.width), dtype=np.int64)")
+    for place in request.regions:
+        raster = f'{_region(place)}.raster(picture.height, picture.width, "nearest").numpy()'
+        lines.append(f"labels[{raster} > 0.5] = {names.index(place.phrase) + 1}")
+    lines += [f"parts = read.learn(picture, labels{about})", f"found = read.segment_like(other, parts{about})[0]"]
+    return "\n".join([*lines, 'Image.fromarray(found.numpy().astype(np.uint8)).save("labels.png")', ""])
+
+
+def _methods(request: Request, files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    made = {name: arguments(name, given, {}, files) for name, given in request.methods.items()}
+    return {name: {k: _shown(v) for k, v in given.items()} for name, given in made.items()}
+
+
 def command(request: Request, model: str, files: Mapping[str, Path] | None = None) -> str:
     """The same as a command line. Raises ControlError, saying why, for requests that no command takes."""
     if request.task not in COMMANDS:
-        raise ControlError("the command line has no command for maps: use the Python form.")
+        what = {"read": "reading given pictures"}.get(request.task, "maps")
+        raise ControlError(f"the command line has no command for {what}: use the Python form.")
     _check_expressible(request)
     parts = ["attnctrl", request.task]
     if request.task == "layout":
@@ -88,6 +160,14 @@ def command(request: Request, model: str, files: Mapping[str, Path] | None = Non
             parts += ["--region", f"{place.phrase}@{','.join(map(repr, place.box or ()))}"]
         for name, side in (("--height", request.height), ("--width", request.width)):
             parts += [name, str(side)] if side else []
+    elif request.task == "subjects":
+        parts += ["--prompt", request.prompt]
+        places = {place.phrase.lower(): ",".join(map(repr, place.box or ())) for place in request.regions}
+        phrases = [one.phrase for one in request.subjects for _ in range(one.pictures)]
+        for number, phrase in enumerate(phrases):
+            box = places.get(phrase.lower(), "")
+            parts += ["--subject", f"{phrase}=picture{number}.png" + (f"@{box}" if box else "")]
+        parts += ["--noise", request.noise]
     else:
         parts += ["--image", "given.png", "--source", request.prompt]
         parts += ["--target", request.target] if request.target else []
@@ -105,18 +185,22 @@ def command(request: Request, model: str, files: Mapping[str, Path] | None = Non
 
 def _check_expressible(request: Request) -> None:
     """Raise ControlError for what the options of the commands cannot say."""
-    task = COMMANDS[request.task]
+    tasks = COMMANDS[request.task]
     if request.task == "layout" and not request.regions:
         raise ControlError("attnctrl layout needs a region: use the Python form.")
     if request.phrases:
         raise ControlError("the command line cannot name phrases: use the Python form.")
     if request.task == "edit" and request.regions:
         raise ControlError("the command line takes masks from files only: use the Python form.")
+    if any(one.strength != 1 for one in request.subjects):
+        raise ControlError("the command line cannot set a subject's strength: use the Python form.")
+    if len({one.phrase.lower() for one in request.subjects}) != len(request.subjects):
+        raise ControlError("the command line takes a phrase for one subject: use the Python form.")
     for place in request.regions:
         if place.box is None:
             raise ControlError("the command line takes boxes and mask files only: use the Python form for outlines.")
     for name, given in request.methods.items():
-        if method(name).task not in (task, ANY_TASK):
+        if method(name).task not in (*tasks, ANY_TASK):
             raise ControlError(f"attnctrl {request.task} has no {method(name).task} methods: use the Python form.")
         for parameter in given:
             if parameter.startswith("window_"):

@@ -10,7 +10,7 @@ import torch
 
 import attnctrl as ac
 from attnctrl.controls.editing.virtual_inversion import transferred
-from attnctrl.inversion import ReversedFlow
+from attnctrl.reversed_flow import ReversedFlow
 from tests import tiny
 from tests.editing.material import EDIT, SOURCE, draw
 from tests.joint_models import on_joint_models

@@ -30,12 +30,12 @@ LAYOUT: dict[str, Any] = {
 
 @cache
 def backend() -> Backend:
-    return Backend(load_pipeline("shapes-sd", device="cpu"), "shapes-sd")
+    return Backend("shapes-sd").open(lambda: load_pipeline("shapes-sd", device="cpu"))
 
 
-def drawn(desk: Desk, request: Any, visitor: str = "me", each: Callable | None = None, picture: Any = None) -> Any:
+def drawn(desk: Desk, request: Any, visitor: str = "me", each: Callable | None = None, pictures: Any = ()) -> Any:
     """The result of a run; each: told of every step."""
-    for event in desk.run(request, visitor, picture):
+    for event in desk.run(request, visitor, pictures):
         if each is not None and isinstance(event, Progress):
             each(event)
     return event

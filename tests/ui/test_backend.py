@@ -198,7 +198,7 @@ def test_an_edit_keeps_what_no_region_covers(desk: Desk, tmp_path: Path, monkeyp
         "feather": 0,
     }
     request = Request.read(asked)
-    result = drawn(desk, request, picture=given)
+    result = drawn(desk, request, pictures=[given])
     assert result.controlled.size == given.size
     assert np.array_equal(np.asarray(result.controlled)[:, 60:], np.asarray(given)[:, 60:])
     assert not same(result.controlled, given)
@@ -209,10 +209,10 @@ def test_an_edit_keeps_what_no_region_covers(desk: Desk, tmp_path: Path, monkeyp
     free = replace(request, regions=(), methods={"prompt-to-prompt": {"self_until": 0.1}})
     words = shlex.split(command(free, "shapes-sd"))
     assert main([*words[1:-1], "picture.png"]) == 0
-    assert same(Image.open("picture.png"), drawn(desk, free, picture=given).controlled)
+    assert same(Image.open("picture.png"), drawn(desk, free, pictures=[given]).controlled)
     wrong = Request.read({**asked, "regions": [{"phrase": "blue square", "box": [0, 0, 1, 1]}]})
     with pytest.raises(ControlError, match='a region is for "blue square", which no edit changes'):
-        drawn(desk, wrong, picture=given)
+        drawn(desk, wrong, pictures=[given])
     with pytest.raises(ControlError, match="there is no picture"):
         drawn(desk, request)
 
@@ -237,7 +237,7 @@ def test_words_are_the_tokenizers() -> None:
 
 @pytest.mark.slow
 def test_joint_attention_has_its_methods_and_its_pictures_on_the_way() -> None:
-    one = Backend(load_pipeline("shapes-dit", device="cpu"), "shapes-dit")
+    one = Backend("shapes-dit").open(lambda: load_pipeline("shapes-dit", device="cpu"))
     request = replace(REQUEST, methods={"regional-flux": {}}, steps=2)
     steps: list[Progress] = []
     result = drawn(Desk(one), request, each=steps.append)
@@ -255,9 +255,23 @@ def test_a_decoded_picture_is_the_pipelines() -> None:
     assert same(decode_latents(pipe, latents)[0], stock(1))
 
 
-def test_models_of_clips_are_refused() -> None:
+def test_models_of_clips_are_refused_and_so_is_what_waited_for_them() -> None:
     class Clips:
         pass
 
+    one = Backend("clips")
     with pytest.raises(ControlError, match="Clips with NoneType is not supported"):
-        Backend(Clips(), "clips")
+        one.open(Clips)
+    with pytest.raises(ControlError, match="Clips with NoneType is not supported"):
+        one.words("a cat")
+
+
+def test_what_asks_before_the_model_is_there_waits_for_it() -> None:
+    one, found = Backend("shapes-sd"), []  # type: Backend, list[Any]
+    asking = threading.Thread(target=lambda: found.append(one.words("a red circle")), daemon=True)
+    asking.start()
+    asking.join(0.2)
+    assert asking.is_alive()
+    one.open(lambda: ac.share(backend().pipe))
+    asking.join(60)
+    assert found == [("a red circle", [(0, 1), (2, 5), (6, 12)])]

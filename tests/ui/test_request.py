@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from attnctrl.errors import ControlError
-from attnctrl.ui.request import Place, Request, read_places
+from attnctrl.ui.request import Move, Place, Request, Sitter, read_places
 
 FULL = Request(
     task="layout",
@@ -23,9 +23,24 @@ FULL = Request(
     width=128,
 )
 EDIT = Request(task="edit", prompt="a cat", edits=(("cat", "dog"),), inversion="ddim", feather=0)
+MOVE = Request(
+    task="edit",
+    prompt="a cat",
+    regions=(Place("cat", (0.0, 0.0, 0.5, 0.5)),),
+    moves=(Move("cat", 0.25, -0.5, 2.0), Move("dog", remove=True)),
+    methods={"design-edit": {"pull": 0.5}},
+)
+SUBJECTS = Request(
+    task="subjects",
+    prompt="a cat and a dog",
+    subjects=(Sitter("a cat", 2, 0.5), Sitter("a dog")),
+    methods={"magic-face": {}, "region-mask": {}},
+    noise="fresh",
+)
+READ = Request(task="read", prompt="a cat", methods={"segment": {"threshold": 0.25}}, phrases=("cat",))
 
 
-@pytest.mark.parametrize("request_", [FULL, EDIT, Request(task="explain", prompt="a cat")])
+@pytest.mark.parametrize("request_", [FULL, EDIT, MOVE, SUBJECTS, READ, Request(task="explain", prompt="a cat")])
 def test_a_request_comes_back_from_its_data(request_: Request) -> None:
     text = json.dumps(request_.data())
     assert Request.read(text) == request_
@@ -53,7 +68,7 @@ BASE = {"prompt": "a cat"}
         ({"prompt": 3}, "prompt is 3: give a text"),
         ({"prompt": "a" * 2001}, "prompt has 2001 characters: give at most 2000"),
         (BASE | {"output": "/etc/passwd"}, 'a request has no "output"'),
-        (BASE | {"task": "train"}, "task is 'train': choose one of layout, edit, explain"),
+        (BASE | {"task": "train"}, "task is 'train': choose one of layout, edit, subjects, read, explain"),
         (BASE | {"task": ["edit"]}, "choose one of layout"),
         (BASE | {"steps": 0}, "steps is 0: give a whole number from 1 to 200"),
         (BASE | {"steps": 10**9}, "give a whole number from 1 to 200"),
@@ -83,6 +98,20 @@ BASE = {"prompt": "a cat"}
         (BASE | {"methods": {"loco": {"scale": -1}}}, "loco: scale is -1"),
         (BASE | {"phrases": "cat"}, "phrases: found 'cat', give a list"),
         (BASE | {"phrases": [3]}, "the phrase 3 is none"),
+        (BASE | {"task": "read", "methods": {"segment": {}}, "prompt": ""}, "there is no prompt"),
+        (BASE | {"task": "read", "methods": {"loco": {}}}, "belongs to layout, which is not for read"),
+        (
+            BASE | {"task": "subjects", "subjects": ["cat"]},
+            "the subject 'cat' is none: give phrase, pictures, strength",
+        ),
+        (BASE | {"task": "subjects", "subjects": [{"phrase": "cat", "image": "/etc/passwd"}]}, "is none"),
+        (BASE | {"task": "subjects", "subjects": [{"phrase": "cat", "pictures": 0}]}, "pictures is 0"),
+        (BASE | {"task": "subjects", "subjects": [{"phrase": "cat", "strength": -1}]}, "strength is -1"),
+        (BASE | {"task": "subjects", "subjects": [{"phrase": "cat"}] * 9}, "subjects: found 9, give at most 8"),
+        (BASE | {"task": "edit", "moves": [["cat", 1]]}, "the move ['cat', 1] is none: give phrase, dx, dy"),
+        (BASE | {"task": "edit", "moves": [{"phrase": "cat", "dx": 2}]}, "dx is 2: give a number from -1 to 1"),
+        (BASE | {"task": "edit", "moves": [{"phrase": "cat", "resize": 0}]}, "resize is 0"),
+        (BASE | {"task": "edit", "moves": [{"phrase": "cat", "remove": "yes"}]}, "remove is 'yes'"),
         (BASE | {"task": "edit", "edits": [["cat"]]}, "the edit ['cat'] is none"),
     ],
 )
@@ -94,3 +123,11 @@ def test_bad_requests_are_refused_with_a_sentence(given: Any, sentence: str) -> 
 
 def test_an_empty_canvas_has_no_regions() -> None:
     assert read_places("") == read_places("[]") == ()
+
+
+def test_regions_that_are_read_need_no_phrase() -> None:
+    given = [{"phrase": "", "box": [0, 0, 1, 1]}, {"phrase": "leg", "box": [0, 0, 1, 1]}]
+    assert [place.phrase for place in read_places(given, named=False)] == ["part 1", "leg"]
+    asked = Request.read({"task": "read", "methods": {"correspond": {}}, "regions": given})
+    assert asked.prompt == ""
+    assert Request.read(asked.data()) == asked

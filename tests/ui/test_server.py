@@ -100,6 +100,33 @@ def test_hostile_files_are_refused_with_a_sentence(client: Client, tmp_path: Pat
     assert serves(client)
 
 
+def test_hostile_subjects_and_readings_are_refused_with_a_sentence(client: Client, tmp_path: Path) -> None:
+    good, text = tmp_path / "good.png", tmp_path / "text.png"
+    Image.new("RGB", (64, 64), "red").save(good)
+    text.write_text("<script>alert(1)</script>")
+    cat = {"prompt": "a cat", "subjects": [{"phrase": "a cat"}], "methods": {"magic-face": {}}, "steps": 2}
+    many = {**cat, "subjects": [{"phrase": "a cat", "pictures": 8}]}
+    read = {"prompt": "a cat", "methods": {"segment": {}}, "steps": 2}
+    for endpoint, asked, paths, sentence in (
+        ("/subjects", {**cat, "subjects": []}, [good], "there are no subjects"),
+        ("/subjects", {**cat, "subjects": [{"phrase": "a cat", "image": "/etc/passwd"}]}, [good], "is none"),
+        ("/subjects", {**cat, "subjects": [{"phrase": "a cat", "strength": 1e9}]}, [good], "strength is"),
+        ("/subjects", {**cat, "noise": "/etc/passwd"}, [good], "reference_noise is"),
+        ("/subjects", cat, [], "the subjects have 1 pictures, and 0 are given"),
+        ("/subjects", cat, [text], "is no picture that can be read"),
+        ("/subjects", cat, [bomb(tmp_path / "bomb.png", 60_000)], "is no picture that can be read"),
+        ("/subjects", many, [good] * 9, "there are 9 pictures: give at most 8"),
+        ("/read", read, [], "segment takes 1 picture, and 0 are given"),
+        ("/read", {**read, "methods": {"correspond": {"point": [9, 9]}}}, [good, good], 'has no parameter "point"'),
+        ("/read", {**read, "methods": {"segment": {}, "correspond": {}}}, [good], "reading takes one method"),
+        ("/read", read, [bomb(tmp_path / "wide.png", 4000)], "cannot be decoded"),
+    ):
+        files = [handle_file(path) for path in paths]
+        text_of = refusal(lambda e=endpoint, a=asked, f=files: client.predict(a, f, api_name=e))
+        assert sentence in text_of, (endpoint, asked)
+    assert serves(client)
+
+
 @pytest.mark.parametrize(
     "path",
     ["/etc/passwd", "../../../etc/passwd", "file:///etc/passwd", "/proc/self/environ", "attnctrl/cli.py", "~/.ssh"],
@@ -132,7 +159,7 @@ def test_it_listens_to_this_machine_alone_and_keeps_to_itself(address: str) -> N
 
 def test_endpoints_have_names(client: Client) -> None:
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert [*named] == ["/layout", "/edit", "/explain", "/check", "/methods", "/stop"]
+    assert [*named] == ["/layout", "/edit", "/subjects", "/read", "/explain", "/check", "/methods", "/stop"]
 
 
 def test_the_forms_are_told(client: Client) -> None:

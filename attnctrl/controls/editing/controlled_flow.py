@@ -59,8 +59,8 @@ class TowardNoise(Control):
     """Controlled forward ODE of RF inversion (Rout et al., arXiv 2410.10792, eq. 8), for a run from picture to noise.
 
     The run starts from `source`, and its velocity is led to the one that ends in a noise of this seed: v + strength
-    ((n - z) / (1 - sigma) - v). Strength 1 gives that noise itself, 0 the plain inversion; the paper uses 0.5. See
-    `attnctrl.inversion.ReversedFlow` for the scheduler. Families: every one for pictures that draws by rectified flow.
+    ((n - z) / (1 - sigma) - v). Strength 1 gives that noise itself, 0 the plain inversion; the paper uses 0.5. The
+    scheduler: `attnctrl.reversed_flow.ReversedFlow`. Families: every one for pictures that draws by rectified flow.
     """
 
     paper: ClassVar[str] = "arXiv 2410.10792"
