@@ -23,7 +23,7 @@ from attnctrl.inversion import Job, Start, ddim_trajectory
 from attnctrl.inversion import inversion as inversion_named
 from attnctrl.layers import Layer, footprint
 from attnctrl.models import call_arguments, check_area, load_pipeline, side_multiple
-from attnctrl.pipelines.methods import make_controls
+from attnctrl.pipelines.methods import Methods, make_controls
 from attnctrl.regions import Region
 from attnctrl.run import Run, control
 
@@ -72,7 +72,7 @@ class EditPipeline:
         *,
         edits: Sequence[Edit] = (),
         layers: Sequence[Layer] = (),
-        method: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]] = "prompt-to-prompt",
+        method: Methods = "prompt-to-prompt",
         inversion: str = "direct",
         mask: Any = None,
         composite: bool = True,
@@ -155,9 +155,12 @@ class EditPipeline:
         return EditResult(finished, canvas.finish(drawn[0], None, 0), target, run)
 
 
-def _refuse_idle(method: str | Control | Sequence[str | Control], controls: Sequence[Control]) -> None:
-    """Raises ControlError where a method that was asked for by name has got nothing that it works on."""
-    names = {one for one in ([method] if isinstance(method, str | Control) else method) if isinstance(one, str)}
+def _refuse_idle(method: Methods, controls: Sequence[Control]) -> None:
+    """Raises ControlError where a method that was asked for by name alone has got nothing that it works on."""
+    if isinstance(method, Mapping):
+        names = {name for name, given in method.items() if not given}
+    else:
+        names = {one for one in ([method] if isinstance(method, str | Control) else method) if isinstance(one, str)}
     idle = {type(one) for one in controls if one.idle}
     for name in sorted(names & {*REGISTRY}):
         if REGISTRY[name].control in idle:

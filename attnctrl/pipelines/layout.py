@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from attnctrl.control import Control
 from attnctrl.controls import REGISTRY
 from attnctrl.layout import Regions
 from attnctrl.models import call_arguments, load_pipeline
-from attnctrl.pipelines.methods import make_controls
+from attnctrl.pipelines.methods import Methods, make_controls
 from attnctrl.processors import attention_kinds
 from attnctrl.run import Run, control
 
@@ -63,7 +62,7 @@ class LayoutPipeline:
         self,
         prompt: str | list[str],
         regions: Regions,
-        method: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]] = "loco",
+        method: Methods = "loco",
         *,
         guidance: float | None = None,
         record: bool | Sequence[str] = True,

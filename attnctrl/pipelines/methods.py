@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from attnctrl.control import Control
 from attnctrl.controls import Method, method
 from attnctrl.errors import ControlError
 
+Methods: TypeAlias = str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]]
+"""A name, a control, several of them, or names with the parameters of each."""
 FREE = ("window", "where")
 ANY_TASK = "guidance"
 """Methods of this task go with every other."""
 
 
 def make_controls(
-    methods: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]],
+    methods: Methods,
     task: str | tuple[str, ...],
     subject: Mapping[str, Any],
     overrides: Mapping[str, Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from attnctrl.errors import ControlError
 from attnctrl.install import share
 from attnctrl.inversion import Job, ddim_trajectory, use_ddim
 from attnctrl.models import call_arguments, load_pipeline
-from attnctrl.pipelines.methods import make_controls
+from attnctrl.pipelines.methods import Methods, make_controls
 from attnctrl.references import Subject
 from attnctrl.run import Run, control
 from attnctrl.words import learn_words
@@ -80,7 +80,7 @@ class SubjectsPipeline:
         prompt: str | Sequence[str],
         subjects: Sequence[Subject],
         *,
-        method: str | Control | Sequence[str | Control] | Mapping[str, Mapping[str, Any]] = "magic-face",
+        method: Methods = "magic-face",
         reference_noise: str = "one",
         noise_scale: float = 1.0,
         num_inference_steps: int = 50,
