@@ -91,6 +91,34 @@ def joint() -> Result:
     return {**base, "rows": [*base["rows"], *named]}
 
 
+def edits(result: Result) -> str:
+    """Edits of given pictures: one row for each way, the kinds of edits together, and what was asked of each kind."""
+    head = ["method", "edits", "edited", "kept", "background PSNR", "leak_out", "leak_in", "edited by kind"]
+    body = []
+    for row in result["rows"]:
+        by_kind = {n.removeprefix("edited_"): e for n, e in row["metrics"].items() if n.startswith("edited_")}
+        kinds = ", ".join(f"{kind} {estimate['value']:.2f}" for kind, estimate in by_kind.items())
+        figures = [interval(row, m) for m in ("edited", "kept")]
+        loud = [decibels(row, "background_psnr"), *(interval(row, m) for m in ("leak_out", "leak_in"))]
+        body.append([f"`{row['method']}`", str(row["images"]), *figures, *loud, kinds])
+    return table(head, body)
+
+
+def decibels(row: Row, metric: str) -> str:
+    found = row["metrics"][metric]
+    return f"{found['value']:.1f} [{found['low']:.1f}, {found['high']:.1f}]"
+
+
+def inversions(result: Result) -> str:
+    """Pictures drawn anew under their own prompt, in dB."""
+    metrics = ("psnr", "round_trip", "to_round_trip")
+    body = [
+        [f"`{row['method']}`", str(row["images"]), *(decibels(row, metric) for metric in metrics)]
+        for row in result["rows"]
+    ]
+    return table(["inversion", "images", *metrics], body)
+
+
 LAYOUT = ("present", "in_box", "iou", "fitted_iou", "bound", "extra", "background")
 
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
@@ -98,6 +126,10 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "layout": lambda: full(read("layout"), LAYOUT),
         "joint": lambda: full(read("layout_dit"), LAYOUT),
         "entities": lambda: full(read("layout_entities"), LAYOUT),
+        "edit": lambda: edits(read("edit")),
+        "two": lambda: edits(read("edit_two")),
+        "edit-dit": lambda: edits(read("edit_dit")),
+        "inversion": lambda: inversions(read("inversion")),
         "dose": lambda: full(read("dose"), ("present", "in_box", "iou", "bound", "background")),
     },
     README: {
