@@ -68,10 +68,10 @@ def subjects_example() -> tuple[list[Image.Image], Request]:
     asked = Request(
         task="subjects",
         prompt="a circle and a square on a white background",
-        regions=(Place("a circle", _LEFT), Place("a square", _RIGHT)),
+        regions=(Place("a circle", (0.07, 0.32, 0.43, 0.68)), Place("a square", (0.57, 0.32, 0.93, 0.68))),
         methods={"region-mask": {}, "delayed-subject": {"delay": 0.0}},
         subjects=(Sitter("a circle"), Sitter("a square")),
-        seed=1,
+        seed=2,
         steps=25,
         guidance=3.5,
     )
