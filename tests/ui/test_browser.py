@@ -22,7 +22,7 @@ from tests.ui.parts import backend, drawn, same
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SLOW = 900_000  # milliseconds; it is waited for no longer than it takes
+SLOW = 240_000  # milliseconds; it is waited for no longer than it takes
 PROMPT = "a green star and a yellow heart on a black background"
 
 
