@@ -36,7 +36,7 @@ def build_app(backend: Backend, at_once: int = 1, longest: int = 16) -> gr.Block
         gr.Markdown(f"## attnctrl: attention control for diffusion models\nModel: `{backend.model}`")
         draw_api(desk)  # first: names of endpoints are given in the order of drawing
         with gr.Tab("Layout", id="layout"):
-            draw_layout(desk, page)
+            draw_layout(desk, "layout", page.load)
         with gr.Tab("Edit", id="edit"):
             draw_edit(desk, page)
         with gr.Tab("Subjects", id="subjects"):
@@ -45,6 +45,8 @@ def build_app(backend: Backend, at_once: int = 1, longest: int = 16) -> gr.Block
             draw_read(desk, page)
         with gr.Tab("Explain", id="explain"):
             draw_explain(desk, page)
+        with gr.Tab("Video", id="video") as video:
+            draw_layout(desk, "video", video.select)  # its model may be another, which is loaded now
 
         def leave(request: gr.Request) -> None:
             """A closed page's runs are nobody's."""

@@ -159,7 +159,7 @@ def test_it_listens_to_this_machine_alone_and_keeps_to_itself(address: str) -> N
 
 def test_endpoints_have_names(client: Client) -> None:
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert [*named] == ["/layout", "/edit", "/subjects", "/read", "/explain", "/check", "/methods", "/stop"]
+    assert [*named] == ["/layout", "/edit", "/subjects", "/read", "/explain", "/video", "/check", "/methods", "/stop"]
 
 
 def test_the_forms_are_told(client: Client) -> None:
