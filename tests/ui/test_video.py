@@ -15,6 +15,7 @@ from PIL import Image
 
 import attnctrl as ac
 from attnctrl.errors import ControlError
+from attnctrl.maps import Maps
 from attnctrl.models import call_arguments, load_pipeline
 from attnctrl.shapes import VIDEO_CALL
 from attnctrl.ui.backend import Backend
@@ -137,7 +138,7 @@ def test_rows_of_frames() -> None:
 
 def test_heat_is_of_each_frame_and_of_one_scale() -> None:
     """Two latent frames, the second of which has all the heat, stand for four frames."""
-    maps = ac.Maps(phrases=("cat",))
+    maps = Maps(phrases=("cat",))
     heat = torch.zeros(1, 1, 2, 2, 2)
     heat[..., 1, :, :] = 1.0
     maps.add(0, "one", heat.flatten(2), (2, 2, 2))
