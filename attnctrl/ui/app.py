@@ -24,6 +24,7 @@ CSS = """
 .fields > .form > * { min-width: 0 !important; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 .maps .fixed-height { min-height: 0; max-height: none; }
+#video-maps .thumbnail-item { aspect-ratio: auto; }
 .status p { font-size: 1.05em; }
 .problem p { color: var(--error-text-color, #b91c1c); }
 """

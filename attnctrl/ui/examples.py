@@ -46,9 +46,9 @@ CLIPS = {
     "A circle left, a square moves right": Request(
         task="video",
         prompt="a red circle standing still and a blue square moving right on a white background",
-        regions=(Place("a red circle", (0.06, 0.08, 0.44, 0.46)), Place("a blue square", (0.2, 0.54, 0.98, 0.92))),
-        methods={"region-mask": {}, "radial": {}},
-        seed=1,
+        regions=(Place("a red circle", (0.06, 0.08, 0.44, 0.46)), Place("a blue square", (0.3, 0.54, 0.9, 0.92))),
+        methods={"region-mask": {"window_end": 0.5}, "radial": {}},
+        seed=5,
         steps=24,
         guidance=3.5,
     ),

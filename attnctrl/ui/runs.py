@@ -61,7 +61,7 @@ def layout(backend: Backend, request: Request, watch: Watch, pictures: Pictures 
     stock = backend.draw(pipe, backend.arguments(pipe, request, watch, f"stock {what}"))
     overlays = [(strip(stock), "stock")] if isinstance(stock, list) else []
     if controlled is not None and maps is not None:
-        overlays = [*_overlays(maps, controlled), *overlays]
+        overlays += _overlays(maps, controlled)
     return Result(stock, controlled, overlays, report, maps)
 
 

@@ -182,7 +182,7 @@ def test_clips_are_drawn_and_hostile_ones_refused_with_a_sentence(client: Client
     for path in (stock, controlled):
         with Image.open(path) as clip:
             assert (clip.format, clip.n_frames, clip.size) == ("WEBP", 9, (128, 128))
-    assert [one["caption"] for one in strips] == ["controlled", "stock"]
+    assert [one["caption"] for one in strips] == ["stock", "controlled"]
     assert "of the pairs" in told["report"]
     assert told["request"] == Request.read({**asked, "task": "video"}).data()
     for change, sentence in (

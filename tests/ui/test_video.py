@@ -28,7 +28,12 @@ from attnctrl.ui.request import Request
 from attnctrl.ui.snippets import command, python
 from tests.ui.parts import LAYOUT, PROMPT, backend, drawn, same
 
-VIDEO: dict[str, Any] = {**LAYOUT, "task": "video", "methods": {"region-mask": {}, "radial": {"window_start": 0}}, "steps": 2}
+VIDEO: dict[str, Any] = {
+    **LAYOUT,
+    "task": "video",
+    "methods": {"region-mask": {}, "radial": {"window_start": 0}},
+    "steps": 2,
+}
 REQUEST = Request.read(VIDEO)
 
 
@@ -54,7 +59,7 @@ def test_both_clips_are_those_of_the_library(tmp_path: Path, monkeypatch: Any) -
     assert len(result.controlled) == 9
     assert not alike(result.controlled, result.stock)
     assert re.search(r"Radial: \d+ calls visited [1-9][0-9]\.\d% of the pairs", result.report)
-    assert [phrase for _, phrase in result.overlays] == ["controlled", "a red circle", "a blue square", "stock"]
+    assert [phrase for _, phrase in result.overlays] == ["stock", "controlled", "a red circle", "a blue square"]
     assert {picture.size for picture, _ in result.overlays} == {(9 * 128, 128)}
     for what in ("controlled clip", "stock clip"):
         assert [(s.step, s.total) for s in steps if s.what == what] == [(1, 2), (2, 2)]
