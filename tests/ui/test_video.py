@@ -22,7 +22,7 @@ from attnctrl.ui.backend import Backend
 from attnctrl.ui.clips import heated, spread, strip
 from attnctrl.ui.desk import Desk
 from attnctrl.ui.files import request_in
-from attnctrl.ui.jobs import Progress, Stopped
+from attnctrl.ui.jobs import Stopped
 from attnctrl.ui.panel import usable
 from attnctrl.ui.request import Request
 from attnctrl.ui.snippets import command, python
