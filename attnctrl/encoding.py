@@ -78,4 +78,6 @@ def decode_latents(pipe: Any, latents: torch.Tensor) -> Any:
             pixels = vae.decode(scaled, return_dict=False)[0]
         else:
             raise ControlError(f"how {type(vae).__name__} scales its latents is not known.")
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+    # Pipelines to clips from a picture have an image processor too, the picture's.
+    processor = pipe.video_processor if hasattr(pipe, "video_processor") else pipe.image_processor
+    return processor.postprocess(pixels, output_type="pil")

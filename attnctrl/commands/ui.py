@@ -12,7 +12,9 @@ from attnctrl.models import load_pipeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="shapes-sd", help="shapes-sd, shapes-dit[+entities], a folder or a hub id")
+    parser.add_argument(
+        "--model", default="shapes-sd", help="shapes-sd, shapes-dit[+entities], shapes-video, a folder or a hub id"
+    )
     parser.add_argument("--device")
     parser.add_argument("--host", default="127.0.0.1", help="who may connect; 0.0.0.0 is everybody in the network")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")

@@ -1,9 +1,9 @@
-"""The page's functions by name, for programs: requests as JSON, pictures as PNG."""
+"""The page's functions by name, for programs: requests as JSON, pictures as PNG, clips as WebP."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import gradio as gr
@@ -38,7 +38,9 @@ def draw_api(desk: Desk) -> None:
                     else:
                         python, command = desk.snippets(wanted, event)
                         about = {"report": event.report, "python": python, "command": command}
-                        yield event.stock, event.controlled, event.overlays, {"request": wanted.data(), **about}
+                        stock = desk.shown(replace(wanted, methods={}), event.stock)
+                        controlled = desk.shown(wanted, event.controlled)
+                        yield stock, controlled, event.overlays, {"request": wanted.data(), **about}
             except Exception as error:
                 raise _refusal(error) from None
 
@@ -49,13 +51,15 @@ def draw_api(desk: Desk) -> None:
     _endpoint("subjects", runner("subjects"), [asked, files], pictures)
     _endpoint("read", runner("read"), [asked, files], pictures)
     _endpoint("explain", runner("explain"), [asked], pictures)
+    _endpoint("video", runner("video"), [asked], pictures)
 
     def check(given: Any) -> dict[str, Any]:
-        """Of {"prompt", "regions"}: the prompt's words, and what is wrong, empty for nothing."""
+        """Of {"prompt", "regions"}, and "task" for another tab: the prompt's words, and what is wrong, or nothing."""
         try:
             wanted = Request.read(given)
-            text, words = desk.backend.words(wanted.prompt)
-            desk.backend.check(wanted.prompt, wanted.regions)
+            backend = desk.drawer(wanted.task)
+            text, words = backend.words(wanted.prompt)
+            backend.check(wanted.prompt, wanted.regions)
         except ControlError as error:
             return {"words": [], "problem": str(error)}
         except Exception as error:

@@ -24,6 +24,7 @@ CSS = """
 .fields > .form > * { min-width: 0 !important; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 .maps .fixed-height { min-height: 0; max-height: none; }
+#video-maps .thumbnail-item { aspect-ratio: auto; }
 .status p { font-size: 1.05em; }
 .problem p { color: var(--error-text-color, #b91c1c); }
 """
@@ -36,7 +37,7 @@ def build_app(backend: Backend, at_once: int = 1, longest: int = 16) -> gr.Block
         gr.Markdown(f"## attnctrl: attention control for diffusion models\nModel: `{backend.model}`")
         draw_api(desk)  # first: names of endpoints are given in the order of drawing
         with gr.Tab("Layout", id="layout"):
-            draw_layout(desk, page)
+            draw_layout(desk, "layout", page.load)
         with gr.Tab("Edit", id="edit"):
             draw_edit(desk, page)
         with gr.Tab("Subjects", id="subjects"):
@@ -45,6 +46,8 @@ def build_app(backend: Backend, at_once: int = 1, longest: int = 16) -> gr.Block
             draw_read(desk, page)
         with gr.Tab("Explain", id="explain"):
             draw_explain(desk, page)
+        with gr.Tab("Video", id="video") as video:
+            draw_layout(desk, "video", video.select)  # its model may be another, which is loaded now
 
         def leave(request: gr.Request) -> None:
             """A closed page's runs are nobody's."""

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 
 from attnctrl.encoding import decode_latents
-from attnctrl.errors import ControlError
 from attnctrl.install import share
 from attnctrl.models import SHIPPED, call_arguments
 from attnctrl.processors import attention_kinds, family_of
 from attnctrl.prompt import PromptTokens, find_everywhere
 from attnctrl.ui.jobs import Progress, Watch, watch_denoisers
 from attnctrl.ui.request import Place, Request
+from attnctrl.ui.result import Drawn
+
+SHIPPED_CLIPS = "shapes-video"
+"""The shipped model that draws clips."""
 
 PREVIEW_SHARE = 0.2
 """The part of a run's time that may go into decoding pictures on the way."""
@@ -44,8 +47,6 @@ class Backend:
         try:
             pipe = load()
             family_of(pipe)
-            if not hasattr(pipe, "image_processor"):
-                raise ControlError(f"{type(pipe).__name__} draws clips: the page is for models that draw pictures.")
             pipe.set_progress_bar_config(disable=True)
             watch_denoisers(pipe)
         except BaseException as error:
@@ -58,6 +59,11 @@ class Backend:
     def pipe(self) -> Any:
         """The pipeline, once it is loaded."""
         return self._opened.result()
+
+    @property
+    def clips(self) -> bool:
+        """Whether the model draws clips, lists of frames, and not pictures."""
+        return hasattr(self.pipe, "video_processor")
 
     @cached_property
     def family(self) -> Any:
@@ -79,7 +85,11 @@ class Backend:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels of pictures of no given size."""
+        """(height, width) in pixels of pictures and clips of no given size."""
+        if self.clips:
+            usual = inspect.signature(type(self.pipe).__call__).parameters
+            tall, wide = (_usual(self.model).get(n) or usual[n].default or 1 for n in ("height", "width"))
+            return int(tall), int(wide)
         default = self.pipe.default_sample_size if hasattr(self.pipe, "default_sample_size") else None
         config = self.family.model.config
         side = default or config.get("sample_size") or 128
@@ -121,6 +131,8 @@ class Backend:
     def arguments(self, pipe: Any, request: Request, watch: Watch, what: str) -> dict[str, Any]:
         """What to call the pipeline with for a request that gives no picture."""
         given = {
+            **_usual(self.model),
+            **({"output_type": "pil"} if self.clips else {}),
             "num_inference_steps": request.steps,
             # Drawn on the CPU, noise is the same on every device.
             "generator": torch.Generator().manual_seed(request.seed),
@@ -128,6 +140,16 @@ class Backend:
             **self.callback(pipe, watch, what),
         }
         return call_arguments(pipe, request.prompt, request.guidance, given)
+
+    def draw(self, pipe: Any, given: Mapping[str, Any]) -> Drawn:
+        """The picture, or the clip's frames, of a call with `arguments`."""
+        drawn = pipe(**given)
+        return drawn.frames[0] if self.clips else drawn.images[0]
+
+    @property
+    def _decodable(self) -> bool:
+        """Whether one frame can be decoded by itself: of clips, where the autoencoder is like Wan's."""
+        return not self.clips or "latents_mean" in self.pipe.vae.config
 
     def callback(self, pipe: Any, watch: Watch, what: str, row: int = -1) -> dict[str, Callable]:
         """The pipeline's argument that tells the watch of each step, with a picture where there is time for one.
@@ -141,8 +163,11 @@ class Backend:
             watch.check()
             total, start = int(pipe.num_timesteps), time.monotonic()
             shown = None
-            if index + 1 < total and watch.grid is not None and spent <= PREVIEW_SHARE * (start - began):
+            shows = index + 1 < total and watch.grid is not None and self._decodable
+            if shows and spent <= PREVIEW_SHARE * (start - began):
                 latents = self.family.unpacked(values["latents"][[row]], watch.grid)
+                # A clip's first frame: autoencoders that look back in time decode it by itself.
+                latents = latents[:, :, 0] if self.clips else latents
                 shown = decode_latents(pipe, latents)[0]
                 spent += time.monotonic() - start
             watch.tell(Progress(what, index + 1, total, shown))
@@ -150,3 +175,12 @@ class Backend:
 
         accepted = inspect.signature(type(pipe).__call__).parameters
         return {"callback_on_step_end": after_step} if "callback_on_step_end" in accepted else {}
+
+
+def _usual(model: str) -> dict[str, Any]:
+    """What a call of the model is given where the request says nothing else."""
+    if model != SHIPPED_CLIPS:
+        return {}
+    from attnctrl.shapes import VIDEO_CALL
+
+    return VIDEO_CALL

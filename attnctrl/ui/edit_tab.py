@@ -10,12 +10,12 @@ import gradio as gr
 
 from attnctrl.errors import ControlError
 from attnctrl.inversion import INVERSIONS
-from attnctrl.ui.canvas import backdrop, draw_canvas, scene
+from attnctrl.ui.canvas import backdrop, draw_canvas
 from attnctrl.ui.chooser import draw_chooser
 from attnctrl.ui.desk import Desk
 from attnctrl.ui.examples import edit_example, has_examples
 from attnctrl.ui.files import open_picture
-from attnctrl.ui.panel import connect_stop, draw_buttons, draw_numbers, draw_panel, follow, plain
+from attnctrl.ui.panel import connect_check, connect_stop, draw_buttons, draw_numbers, draw_panel, follow, plain, usable
 from attnctrl.ui.request import Request, read_places
 from attnctrl.ui.result import Pictures
 
@@ -82,16 +82,6 @@ def draw_edit(desk: Desk, page: gr.Blocks) -> None:
         except ControlError as error:
             return gr.HTML(**backdrop(None)), plain(str(error))
 
-    def check(prompt: str, canvas: str) -> tuple[Any, str]:
-        if not prompt.strip():
-            return gr.skip(), ""
-        words = gr.HTML(**scene(*backend.words(prompt)))
-        try:
-            backend.check(prompt, read_places(canvas))
-        except ControlError as error:
-            return words, plain(str(error))
-        return words, ""
-
     inputs = [given, prompt, edits, moves, target, canvas, inversion, feather, seed, steps, guidance, *chooser.inputs]
     run.click(go, inputs, panel.outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     connect_stop(desk, stop)
@@ -104,18 +94,15 @@ def draw_edit(desk: Desk, page: gr.Blocks) -> None:
         return [path, wanted.prompt, "\n".join(lines), "", "", json.dumps(wanted.data()["regions"])]
 
     def arrive(chosen: list[str]) -> list[Any]:
-        return [chooser.offered(chosen, backend.kinds), "Ready."]
+        drawer, ready = usable(desk, "edit")
+        return [gr.skip() if drawer is None else chooser.offered(chosen, drawer.kinds), ready]
 
     page.load(arrive, chooser.chosen, [chooser.chosen, panel.status], show_progress="hidden", api_visibility="private")
     fill.click(
         begin, None, [given, prompt, edits, moves, target, canvas], show_progress="hidden", api_visibility="private"
     )
     given.change(show, given, [canvas, problem], show_progress="hidden", api_visibility="private")
-    for event in (prompt.change, canvas.change):
-        event(
-            check, [prompt, canvas], [canvas, problem], show_progress="hidden", trigger_mode="always_last", queue=False,
-            api_visibility="private",
-        )  # fmt: skip
+    connect_check(desk, "edit", prompt, canvas, problem)
 
 
 def read_edits(text: str) -> list[list[str]]:

@@ -42,6 +42,28 @@ _ANIMALS = {
 }
 
 
+CLIPS = {
+    "A circle left, a square moves right": Request(
+        task="video",
+        prompt="a red circle standing still and a blue square moving right on a white background",
+        regions=(Place("a red circle", (0.06, 0.08, 0.44, 0.46)), Place("a blue square", (0.3, 0.54, 0.9, 0.92))),
+        methods={"region-mask": {}, "radial": {}},
+        seed=5,
+        steps=24,
+        guidance=3.5,
+    ),
+    "A fifth of the attention": Request(
+        task="video",
+        prompt="a green star moving left and a purple ring standing still on a white background",
+        methods={"radial": {}},
+        seed=3,
+        steps=24,
+        guidance=3.5,
+    ),
+}
+"""Examples for the Video tab."""
+
+
 def examples(model: str) -> dict[str, Request]:
     """Layout examples for a model, the first of which is what the page begins with."""
     return _SHAPES if model.startswith(SHIPPED) else _ANIMALS

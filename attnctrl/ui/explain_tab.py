@@ -9,7 +9,7 @@ import gradio as gr
 
 from attnctrl.ui.desk import Desk
 from attnctrl.ui.examples import examples
-from attnctrl.ui.panel import connect_stop, draw_buttons, draw_numbers, draw_panel, follow
+from attnctrl.ui.panel import connect_stop, draw_buttons, draw_numbers, draw_panel, follow, usable
 from attnctrl.ui.request import Request
 
 
@@ -36,7 +36,7 @@ def draw_explain(desk: Desk, page: gr.Blocks) -> None:
         yield from follow(desk, panel, str(request.session_hash), lambda: read(*values))
 
     def arrive() -> str:
-        return "Ready." if desk.backend.pipe is not None else ""
+        return usable(desk, "explain")[1]
 
     page.load(arrive, None, panel.status, show_progress="hidden", api_visibility="private")
     inputs = [prompt, phrases, seed, steps, guidance]

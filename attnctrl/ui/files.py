@@ -13,12 +13,18 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from attnctrl.errors import ControlError
+from attnctrl.ui.result import Drawn
 
 MEGABYTES, PIXELS, PICTURES = 16, 4096 * 4096, 8
 """The largest file and picture that are opened, and how many at once."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 KEY = "attnctrl"
+TOLD = 0x010E
+"""The tag of EXIF data, ImageDescription, that holds in a clip what the text `KEY` holds in a PNG."""
+
+FRAME = 125
+"""Milliseconds for which a frame of a clip is shown."""
 
 
 def open_picture(path: Any) -> Image.Image:
@@ -60,10 +66,17 @@ def _open(path: Any, formats: tuple[str, ...]) -> Image.Image:
 
 
 def request_in(path: Any) -> dict[str, Any]:
-    """The request that made a picture, with the model's name as "model". Raises ControlError where there is none."""
-    text = _open(path, ("PNG",)).info.get(KEY)
+    """The request that made a picture or a clip, with the model's name as "model".
+
+    Raises ControlError where there is none.
+    """
+    picture = _open(path, ("PNG", "WEBP"))
+    try:
+        text = picture.info.get(KEY) if picture.format == "PNG" else picture.getexif().get(TOLD)
+    except Exception:  # parsers of EXIF data raise whatever they like
+        text = None
     if not isinstance(text, str):
-        raise ControlError("the picture holds no parameters: give a PNG that this page made.")
+        raise ControlError("the picture holds no parameters: give a file that this page made.")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -81,16 +94,24 @@ class Outbox:
         self._names: deque[Path] = deque()
         self._most, self._count, self._lock = most, 0, threading.Lock()
 
-    def put(self, picture: Image.Image, model: str, request: dict[str, Any]) -> str:
-        """Write the picture as PNG with its request; returns the path."""
-        about = PngImagePlugin.PngInfo()
-        about.add_text(KEY, json.dumps({"attnctrl": version("attnctrl"), "model": model, "request": request}))
+    def put(self, picture: Drawn, model: str, request: dict[str, Any]) -> str:
+        """Write a picture as PNG, a clip as animated WebP, with its request; returns the path."""
+        text = json.dumps({"attnctrl": version("attnctrl"), "model": model, "request": request})
+        kind = "webp" if isinstance(picture, list) else "png"
         with self._lock:
             self._count += 1
-            path = Path(self.folder.name) / f"attnctrl-{request['task']}-{self._count}.png"
+            path = Path(self.folder.name) / f"attnctrl-{request['task']}-{self._count}.{kind}"
             self._names.append(path)
             old = self._names.popleft() if len(self._names) > self._most else None
-        picture.save(path, pnginfo=about)
+        if isinstance(picture, list):
+            exif = Image.Exif()
+            exif[TOLD] = text
+            more: dict[str, Any] = {"save_all": True, "append_images": picture[1:], "duration": FRAME, "loop": 0}
+            picture[0].save(path, quality=90, exif=exif, **more)
+        else:
+            about = PngImagePlugin.PngInfo()
+            about.add_text(KEY, text)
+            picture.save(path, pnginfo=about)
         if old is not None:
             old.unlink(missing_ok=True)
         return str(path)

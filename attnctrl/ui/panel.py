@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 
+from attnctrl.errors import ControlError
 from attnctrl.ui.backend import Backend
+from attnctrl.ui.canvas import scene
 from attnctrl.ui.desk import Desk, sentence
 from attnctrl.ui.jobs import Progress, Stopped, Waiting
-from attnctrl.ui.request import STEPS, Request
+from attnctrl.ui.request import STEPS, Request, read_places
 from attnctrl.ui.result import Pictures, Result
+
+LOADING = "The model is loading ..."
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,20 @@ def draw_numbers(name: str, backend: Backend, seed: int, steps: int) -> list[Any
         ]  # fmt: skip
 
 
-def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, maps: str | None) -> Panel:
-    """first, second: what the pictures are; second is None for one alone. maps: what the further pictures are."""
-    status = gr.Markdown("The model is loading ...", elem_id=f"{name}-status", elem_classes="status")
+def draw_panel(
+    name: str,
+    run: Any,
+    stop: Any,
+    first: str,
+    second: str | None,
+    maps: str | None,
+    columns: int = 4,
+    file: str = "PNG",
+) -> Panel:
+    """first, second: what the pictures are; second is None for one alone. maps: what the further pictures are, and in
+    how many columns they stand. file: what is downloaded.
+    """
+    status = gr.Markdown(LOADING, elem_id=f"{name}-status", elem_classes="status")
     with gr.Row():
         pictures = [
             gr.Image(
@@ -74,14 +89,14 @@ def draw_panel(name: str, run: Any, stop: Any, first: str, second: str | None, m
         with gr.Accordion(maps, open=True):
             gallery = gr.Gallery(
                 format="png",
-                columns=4,
+                columns=columns,
                 height="auto",
                 object_fit="contain",
                 show_label=False,
                 elem_id=f"{name}-maps",
                 elem_classes="maps",
             )
-    download = gr.DownloadButton("Download PNG with its parameters", interactive=False, elem_id=f"{name}-download")
+    download = gr.DownloadButton(f"Download {file} with its parameters", interactive=False, elem_id=f"{name}-download")
     with gr.Accordion("This run as a program or a command line", open=False):
         python = gr.Code(language="python", label="Python", interactive=False, elem_id=f"{name}-python")
         command = gr.Code(language="shell", label="Command line", interactive=False, elem_id=f"{name}-command")
@@ -124,6 +139,37 @@ def follow(
     yield {panel.run: gr.update(interactive=True), panel.stop: gr.update(interactive=False)}
 
 
+def usable(desk: Desk, task: str) -> tuple[Backend | None, str]:
+    """The backend of a tab once its model is there, or None and a sentence that says why there is none."""
+    try:
+        return desk.drawer(task), "Ready."
+    except ControlError as error:
+        return None, plain(str(error))
+
+
+def connect_check(desk: Desk, task: str, prompt: Any, canvas: Any, problem: Any) -> None:
+    """Let the canvas have the words of the prompt, and `problem` say what is wrong with the regions."""
+
+    def check(prompt: str, canvas: str) -> tuple[Any, str]:
+        if not prompt.strip():
+            return gr.skip(), ""
+        backend, why = usable(desk, task)
+        if backend is None:
+            return gr.skip(), why
+        words = gr.HTML(**scene(*backend.words(prompt)))
+        try:
+            backend.check(prompt, read_places(canvas))
+        except ControlError as error:
+            return words, plain(str(error))
+        return words, ""
+
+    for event in (prompt.change, canvas.change):
+        event(
+            check, [prompt, canvas], [canvas, problem], show_progress="hidden", trigger_mode="always_last", queue=False,
+            api_visibility="private",
+        )  # fmt: skip
+
+
 def connect_stop(desk: Desk, button: Any) -> None:
     """Let the button stop its visitor's runs, also those in line."""
 
@@ -136,7 +182,7 @@ def connect_stop(desk: Desk, button: Any) -> None:
 def _progress(panel: Panel, event: Progress) -> dict[Any, Any]:
     update: dict[Any, Any] = {panel.status: f"Step {event.step} of {event.total} of the {event.what}."}
     if event.picture is not None:
-        second = panel.second is not None and event.what != "stock picture"
+        second = panel.second is not None and not event.what.startswith("stock")
         update[panel.second if second else panel.first] = event.picture
     return update
 
@@ -145,14 +191,15 @@ def _finished(desk: Desk, panel: Panel, request: Request, result: Result) -> dic
     python, command = desk.snippets(request, result)
     update: dict[Any, Any] = {
         panel.status: "Done.",
-        panel.first: result.stock,
+        # A clip's file holds what drew it: the stock one no method.
+        panel.first: desk.shown(replace(request, methods={}), result.stock),
         panel.report: result.report or "no control acted",
         panel.python: python,
         panel.command: command,
         panel.download: gr.update(value=desk.file(request, result), interactive=True),
     }
     if panel.second is not None:
-        update[panel.second] = result.controlled
+        update[panel.second] = desk.shown(request, result.controlled)
     if panel.maps is not None:
         update[panel.maps] = result.overlays
     return update

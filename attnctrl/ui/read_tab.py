@@ -15,7 +15,7 @@ from attnctrl.ui.chooser import draw_chooser
 from attnctrl.ui.desk import Desk
 from attnctrl.ui.examples import has_examples, read_example
 from attnctrl.ui.files import open_picture
-from attnctrl.ui.panel import connect_stop, draw_buttons, draw_panel, follow, plain
+from attnctrl.ui.panel import connect_stop, draw_buttons, draw_panel, follow, plain, usable
 from attnctrl.ui.request import STEPS, Request, read_places
 from attnctrl.ui.result import Pictures
 
@@ -93,7 +93,8 @@ def draw_read(desk: Desk, page: gr.Blocks) -> None:
         return [*paths, asked.prompt, ", ".join(asked.phrases), json.dumps(asked.data()["regions"])]
 
     def arrive(chosen: list[str]) -> list[Any]:
-        return [chooser.offered(chosen, backend.kinds), "Ready."]
+        drawer, ready = usable(desk, "read")
+        return [gr.skip() if drawer is None else chooser.offered(chosen, drawer.kinds), ready]
 
     page.load(arrive, chooser.chosen, [chooser.chosen, panel.status], show_progress="hidden", api_visibility="private")
     fill.click(begin, None, [given, other, prompt, phrases, canvas], show_progress="hidden", api_visibility="private")

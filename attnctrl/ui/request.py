@@ -20,6 +20,7 @@ TASKS = {
     "subjects": ("subjects", "layout", "guidance"),
     "read": ("readout",),
     "explain": (),
+    "video": ("sparse", "layout", "guidance"),
 }
 """The tabs, and the tasks of the methods that each offers."""
 

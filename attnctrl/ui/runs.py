@@ -20,23 +20,27 @@ from attnctrl.pipelines import EditPipeline, SubjectsPipeline
 from attnctrl.references import Subject
 from attnctrl.run import control
 from attnctrl.ui.backend import Backend
+from attnctrl.ui.clips import heated, strip
 from attnctrl.ui.given import check_edit, check_sides, masks_of, placed
 from attnctrl.ui.jobs import Watch
 from attnctrl.ui.reading import read
 from attnctrl.ui.request import Request
-from attnctrl.ui.result import Pictures, Result
+from attnctrl.ui.result import Drawn, Pictures, Result
 
 
 def draw(backend: Backend, request: Request, watch: Watch, pictures: Pictures = ()) -> Result:
     """Raises ControlError for what cannot be, Stopped when the watch says so."""
     runs: dict[str, Callable[..., Result]] = {
-        "layout": layout, "edit": edit, "subjects": subjects, "read": read, "explain": explain
+        "layout": layout, "video": layout, "edit": edit, "subjects": subjects, "read": read, "explain": explain
     }  # fmt: skip
     return runs[request.task](backend, request, watch, pictures)
 
 
 def controls_of(request: Request, backend: Backend) -> list[Control]:
-    """The controls of a layout request. Raises ControlError where a method lacks what it is about."""
+    """The controls of a request of the tabs layout and video.
+
+    Raises ControlError where a method lacks what it is about.
+    """
     regions = [place.region() for place in request.regions]
     return [
         make(name, given, subject_of(name, request, regions), backend.files) for name, given in request.methods.items()
@@ -44,17 +48,20 @@ def controls_of(request: Request, backend: Backend) -> list[Control]:
 
 
 def layout(backend: Backend, request: Request, watch: Watch, pictures: Pictures = ()) -> Result:
-    """The controlled picture, then the stock one of the same seed."""
+    """The controlled picture or clip, then the stock one of the same seed."""
     controls, pipe = controls_of(request, backend), share(backend.pipe)
+    what = "clip" if backend.clips else "picture"
     controlled, maps, report = None, None, ""
     if controls:
         # Before the stock picture: it is here that input is refused.
-        given = backend.arguments(pipe, request, watch, "controlled picture")
+        given = backend.arguments(pipe, request, watch, f"controlled {what}")
         with control(pipe, *controls, record=list(request.phrases) or True) as run:
-            controlled = pipe(**given).images[0]
+            controlled = backend.draw(pipe, given)
         maps, report = run.maps, str(run.report)
-    stock = pipe(**backend.arguments(pipe, request, watch, "stock picture")).images[0]
-    overlays = [] if controlled is None or maps is None else _overlays(maps, controlled)
+    stock = backend.draw(pipe, backend.arguments(pipe, request, watch, f"stock {what}"))
+    overlays = [(strip(stock), "stock")] if isinstance(stock, list) else []
+    if controlled is not None and maps is not None:
+        overlays += _overlays(maps, controlled)
     return Result(stock, controlled, overlays, report, maps)
 
 
@@ -170,5 +177,7 @@ def _named(name: str, request: Request) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _overlays(maps: Maps, picture: Image.Image) -> list[tuple[Image.Image, str]]:
+def _overlays(maps: Maps, picture: Drawn) -> list[tuple[Image.Image, str]]:
+    if isinstance(picture, list):
+        return [(strip(picture), "controlled"), *((heated(picture, maps, phrase), phrase) for phrase in maps.phrases)]
     return [(maps.overlay(picture, phrase), phrase) for phrase in maps.phrases]

@@ -12,6 +12,8 @@ from attnctrl.controls import method
 from attnctrl.errors import ControlError
 from attnctrl.fields import arguments
 from attnctrl.pipelines.methods import ANY_TASK
+from attnctrl.ui.backend import SHIPPED_CLIPS
+from attnctrl.ui.files import FRAME
 from attnctrl.ui.reading import about_reading, center, check_reading
 from attnctrl.ui.request import Place, Request
 from attnctrl.ui.runs import subject_of
@@ -27,18 +29,22 @@ class _Name(str):
 
 
 def python(request: Request, model: str, files: Mapping[str, Path] | None = None) -> str:
-    """A program that draws the request's picture. Raises ControlError for requests that cannot be drawn."""
+    """A program that draws the request's picture or clip. Raises ControlError for requests that cannot be drawn."""
     others = {"edit": _edit, "subjects": _subjects, "read": _read}
     if request.task in others:
         return others[request.task](request, model, files or {})
     lines = ["import torch", "", "import attnctrl as ac", "from attnctrl.models import call_arguments, load_pipeline"]
+    clips, shipped = request.task == "video", model == SHIPPED_CLIPS
+    lines += ["from attnctrl.shapes import VIDEO_CALL"] if shipped else []
     lines += ["", f"pipe = load_pipeline({model!r})"]
     lines += _assigned("regions", [_region(p) for p in request.regions]) if request.regions else []
     lines.append(f"prompt = {request.prompt!r}")
+    usual = ("**VIDEO_CALL, " if shipped else "") + ('"output_type": "pil", ' if clips else "")
     sizes = "".join(f', "{n}": {v}' for n, v in (("height", request.height), ("width", request.width)) if v)
     seed = f'"generator": torch.Generator().manual_seed({request.seed})'
-    lines.append(f'given = {{"num_inference_steps": {request.steps}, {seed}{sizes}}}')
-    call = f"picture = pipe(**call_arguments(pipe, prompt, {request.guidance!r}, given)).images[0]"
+    lines.append(f'given = {{{usual}"num_inference_steps": {request.steps}, {seed}{sizes}}}')
+    drawn, part = ("frames", "frames") if clips else ("picture", "images")
+    call = f"{drawn} = pipe(**call_arguments(pipe, prompt, {request.guidance!r}, given)).{part}[0]"
     if request.task == "explain":
         lines += [f"with ac.control(pipe, record={list(request.phrases)!r}) as run:", f"    {call}"]
         lines += ["for number, phrase in enumerate(run.maps.phrases):"]
@@ -53,7 +59,11 @@ def python(request: Request, model: str, files: Mapping[str, Path] | None = None
         lines += [") as run:", f"    {call}", "print(run.report)"]
     else:
         lines.append(call)
-    return "\n".join([*lines, 'picture.save("picture.png")', ""])
+    save = 'picture.save("picture.png")'
+    if clips:
+        lines.append(f'more = {{"save_all": True, "append_images": frames[1:], "duration": {FRAME}, "loop": 0}}')
+        save = 'frames[0].save("clip.webp", quality=90, **more)'
+    return "\n".join([*lines, save, ""])
 
 
 def _edit(request: Request, model: str, files: Mapping[str, Path]) -> str:
@@ -150,7 +160,7 @@ def _methods(request: Request, files: Mapping[str, Path]) -> dict[str, dict[str,
 def command(request: Request, model: str, files: Mapping[str, Path] | None = None) -> str:
     """The same as a command line. Raises ControlError, saying why, for requests that no command takes."""
     if request.task not in COMMANDS:
-        what = {"read": "reading given pictures"}.get(request.task, "maps")
+        what = {"read": "reading given pictures", "video": "clips"}.get(request.task, "maps")
         raise ControlError(f"the command line has no command for {what}: use the Python form.")
     _check_expressible(request)
     parts = ["attnctrl", request.task]

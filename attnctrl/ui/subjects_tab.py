@@ -10,12 +10,12 @@ import gradio as gr
 
 from attnctrl.errors import ControlError
 from attnctrl.pipelines.subjects import NOISES
-from attnctrl.ui.canvas import draw_canvas, scene
+from attnctrl.ui.canvas import draw_canvas
 from attnctrl.ui.chooser import draw_chooser
 from attnctrl.ui.desk import Desk
 from attnctrl.ui.examples import has_examples, subjects_example
 from attnctrl.ui.files import FORMATS, open_pictures
-from attnctrl.ui.panel import connect_stop, draw_buttons, draw_numbers, draw_panel, follow, plain
+from attnctrl.ui.panel import connect_check, connect_stop, draw_buttons, draw_numbers, draw_panel, follow, usable
 from attnctrl.ui.request import Request, read_places
 from attnctrl.ui.result import Pictures
 
@@ -65,16 +65,6 @@ def draw_subjects(desk: Desk, page: gr.Blocks) -> None:
     def go(request: gr.Request, *values: Any) -> Iterator[dict]:
         yield from follow(desk, panel, str(request.session_hash), lambda: read(values))
 
-    def check(prompt: str, canvas: str) -> tuple[Any, str]:
-        if not prompt.strip():
-            return gr.skip(), ""
-        words = gr.HTML(**scene(*backend.words(prompt)))
-        try:
-            backend.check(prompt, read_places(canvas))
-        except ControlError as error:
-            return words, plain(str(error))
-        return words, ""
-
     def begin() -> list[Any]:
         """The example's prompt, regions, pictures with their words, and methods."""
         pictures, asked = subjects_example()
@@ -86,8 +76,11 @@ def draw_subjects(desk: Desk, page: gr.Blocks) -> None:
         return [*values, asked.guidance, *slots, *chooser.values(asked.methods), *chooser.shown([*asked.methods])]
 
     def arrive(chosen: list[str]) -> list[Any]:
-        height, width = backend.size
-        return [gr.HTML(shape=[width, height]), chooser.offered(chosen, backend.kinds), "Ready."]
+        drawer, ready = usable(desk, "subjects")
+        if drawer is None:
+            return [gr.skip(), gr.skip(), ready]
+        height, width = drawer.size
+        return [gr.HTML(shape=[width, height]), chooser.offered(chosen, drawer.kinds), ready]
 
     page.load(
         arrive, chooser.chosen, [canvas, chooser.chosen, panel.status], show_progress="hidden",
@@ -96,11 +89,7 @@ def draw_subjects(desk: Desk, page: gr.Blocks) -> None:
     fill.click(begin, None, [*inputs, *chooser.groups], show_progress="hidden", api_visibility="private")
     run.click(go, inputs, panel.outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     connect_stop(desk, stop)
-    for event in (prompt.change, canvas.change):
-        event(
-            check, [prompt, canvas], [canvas, problem], show_progress="hidden", trigger_mode="always_last", queue=False,
-            api_visibility="private",
-        )  # fmt: skip
+    connect_check(desk, "subjects", prompt, canvas, problem)
 
 
 def _draw_slot(number: int) -> list[Any]:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from attnctrl.ui.desk import Desk
+from attnctrl.ui.examples import CLIPS
 from attnctrl.ui.files import request_in
 from attnctrl.ui.request import Request
 from tests.ui.parts import backend, drawn, same
@@ -273,3 +274,36 @@ def test_words_are_explained(visit: Visit) -> None:
     visit.wait("explain", "Done.")
     page.wait_for_selector("#explain-maps img")
     visit.shoot("explain")
+
+
+def test_a_clip_is_drawn_stopped_downloaded_and_loaded(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    page.get_by_role("tab", name="Video").click()
+    visit.wait("video", "Ready.")
+    page.wait_for_function("document.querySelectorAll('#video-canvas .words button').length === 15")
+    page.wait_for_function("document.querySelectorAll('#video-canvas li').length === 2")
+    page.locator("#video-run").click()
+    visit.wait("video", "of the controlled clip")
+    page.locator("#video-stop").click()
+    visit.wait("video", "Stopped after step")
+    page.locator("#video-run").click()
+    visit.wait("video", "Done.")
+    page.wait_for_selector("#video-maps img")
+    for number in (0, 1):
+        page.wait_for_selector(f"#video-picture{number} img")
+        assert ".webp" in page.locator(f"#video-picture{number} img").get_attribute("src")
+    visit.shoot("video")
+    path = visit.download("video", tmp_path / "clip.webp")
+    with Image.open(path) as clip:
+        assert (clip.n_frames, clip.size) == (9, (128, 128))
+    given = request_in(path)
+    assert given.pop("model") == "shapes-video"
+    assert Request.read(given) == next(iter(CLIPS.values())), "the forms changed nothing unasked"
+    page.locator("#video-canvas [data-act=clear]").click()
+    page.locator("#video-prompt textarea").fill("a red ring")
+    with page.expect_file_chooser() as chooser:
+        page.locator("#video-load").click()
+    chooser.value.set_files(path)
+    visit.wait("video", "Loaded.")
+    page.wait_for_function("document.querySelectorAll('#video-canvas li').length === 2")
+    assert page.locator("#video-prompt textarea").input_value() == given["prompt"]

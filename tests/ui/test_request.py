@@ -68,7 +68,7 @@ BASE = {"prompt": "a cat"}
         ({"prompt": 3}, "prompt is 3: give a text"),
         ({"prompt": "a" * 2001}, "prompt has 2001 characters: give at most 2000"),
         (BASE | {"output": "/etc/passwd"}, 'a request has no "output"'),
-        (BASE | {"task": "train"}, "task is 'train': choose one of layout, edit, subjects, read, explain"),
+        (BASE | {"task": "train"}, "task is 'train': choose one of layout, edit, subjects, read, explain, video"),
         (BASE | {"task": ["edit"]}, "choose one of layout"),
         (BASE | {"steps": 0}, "steps is 0: give a whole number from 1 to 200"),
         (BASE | {"steps": 10**9}, "give a whole number from 1 to 200"),

@@ -159,7 +159,7 @@ def test_it_listens_to_this_machine_alone_and_keeps_to_itself(address: str) -> N
 
 def test_endpoints_have_names(client: Client) -> None:
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert [*named] == ["/layout", "/edit", "/subjects", "/read", "/explain", "/check", "/methods", "/stop"]
+    assert [*named] == ["/layout", "/edit", "/subjects", "/read", "/explain", "/video", "/check", "/methods", "/stop"]
 
 
 def test_the_forms_are_told(client: Client) -> None:
@@ -174,6 +174,32 @@ def test_check_says_what_is_wrong_at_once(client: Client) -> None:
         {"prompt": "a red circle", "regions": [{"phrase": "cat", "box": [0, 0, 1, 1]}]}, api_name="/check"
     )
     assert 'the phrase "cat" is not in the prompt' in told["problem"]
+
+
+def test_clips_are_drawn_and_hostile_ones_refused_with_a_sentence(client: Client) -> None:
+    asked = {"prompt": "a red circle moving left", "methods": {"radial": {"window_start": 0}}, "seed": 3, "steps": 1}
+    stock, controlled, strips, told = client.predict(asked, api_name="/video")
+    for path in (stock, controlled):
+        with Image.open(path) as clip:
+            assert (clip.format, clip.n_frames, clip.size) == ("WEBP", 9, (128, 128))
+    assert [one["caption"] for one in strips] == ["stock", "controlled"]
+    assert "of the pairs" in told["report"]
+    assert told["request"] == Request.read({**asked, "task": "video"}).data()
+    for change, sentence in (
+        ({"methods": {"prompt-to-prompt": {}}}, "belongs to editing, which is not for video"),
+        ({"methods": {"planned": {"plan": "/etc/passwd"}}}, "there is no file"),
+        ({"methods": {"radial": {"decay": 1e9}}}, "radial: decay is"),
+        ({"methods": {"region-mask": {}}}, "region-mask places objects in regions: draw at least one"),
+        ({"regions": [{"phrase": "a cat", "box": [0, 0, 1, 1]}], "methods": {"loco": {}}}, "is not in the prompt"),
+        ({"steps": 10**9}, "steps is"),
+        ({"prompt": None}, "prompt is None"),
+        ({"num_frames": 10**9}, 'a request has no "num_frames"'),
+    ):
+        text = refusal(lambda change=change: client.predict({**asked, **change}, api_name="/video"))
+        assert sentence in text, change
+    told = client.predict({"task": "video", "prompt": "a red circle moving left"}, api_name="/check")
+    assert told["words"] == ["a", "red", "circle", "moving", "left"]
+    assert serves(client)
 
 
 def test_two_clients_at_once_get_what_each_gets_alone(address: str) -> None:
