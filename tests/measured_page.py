@@ -1,4 +1,4 @@
-"""The tables of docs/measured.md and README.md, made from the benches' own files in docs/results.
+"""The tables of docs/measured.md, docs/training.md and README.md, made from the benches' own files in docs/results.
 
 python -m tests.measured_page                        # print them
 python -m tests.measured_page --write                # put them into the pages
@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from attnctrl.bench.layout import GUIDED_THEN_MASKED
+from attnctrl.bench.results import Row as BenchRow
+from attnctrl.training.compare import table as comparison
 from tests.families_page import table, written
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, README, RESULTS = DOCS / "measured.md", DOCS.parent / "README.md", DOCS / "results"
+TRAINING = DOCS / "training.md"
 LORA = "`eligen`, with its LoRA"
 NAMES = {GUIDED_THEN_MASKED: "layout-guidance, then region-mask *", "none": "none", "ideal": "ideal", LORA: LORA}
 DECIDES = ("task", "model", "settings")
@@ -119,6 +122,11 @@ def inversions(result: Result) -> str:
     return table(["inversion", "images", *metrics], body)
 
 
+def trained(name: str) -> str:
+    """Fine-tunings side by side."""
+    return comparison([BenchRow(row["method"], row["objects"], row["images"], more=row) for row in read(name)["rows"]])
+
+
 LAYOUT = ("present", "in_box", "iou", "fitted_iou", "bound", "extra", "background")
 
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
@@ -131,6 +139,10 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "edit-dit": lambda: edits(read("edit_dit")),
         "inversion": lambda: inversions(read("inversion")),
         "dose": lambda: full(read("dose"), ("present", "in_box", "iou", "bound", "background")),
+    },
+    TRAINING: {
+        "alike": lambda: trained("training_alike"),
+        "told": lambda: trained("training_told"),
     },
     README: {
         "layout": lambda: short(read("layout"), ("present", "in_box", "iou"), ratios(read("layout_times"))),
