@@ -123,6 +123,8 @@ def subjects(backend: Backend, request: Request, watch: Watch, pictures: Picture
     stock = pipe(**backend.arguments(pipe, request, watch, "stock picture")).images[0]
     controlled, maps = result.images[0], result.run.maps
     names = [one.phrase for one in sitters if one.strength > 0 for _ in one.references]
+    # Methods that look at no rows of references have none drawn.
+    names = names[: len(result.references)]
     drawn = [(one, f"reference: {name}") for one, name in zip(result.references, names, strict=True)]
     return Result(stock, controlled, [*_overlays(maps, controlled), *drawn], str(result.run.report), maps)
 

@@ -75,6 +75,7 @@ class Visit:
         number = self.page.locator(f"#{tab}-steps input[type=number]")
         number.fill(str(value))
         number.press("Tab")
+        self.page.wait_for_timeout(300)  # until the slider has handed it on
 
     def wait(self, tab: str, text: str) -> None:
         self.page.wait_for_function(
@@ -163,7 +164,7 @@ def test_a_run_is_stopped_and_a_failed_one_says_why(visit: Visit) -> None:
     page = visit.page
     visit.steps("layout", 200)
     page.locator("#layout-run").click()
-    visit.wait("layout", "of the controlled picture")
+    visit.wait("layout", "of 200 of the controlled picture")
     page.locator("#layout-stop").click()
     visit.wait("layout", "Stopped after step")
     page.locator("#layout-canvas [data-act=clear]").click()
