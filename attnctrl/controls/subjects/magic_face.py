@@ -7,18 +7,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from attnctrl.control import Control, Where, param
-from attnctrl.controls.subjects.owners import Owners, late_sites, watched_sites
-from attnctrl.controls.subjects.rows import Look, References, placing, with_looks
+from attnctrl.controls.subjects.looking import Looking
+from attnctrl.controls.subjects.owners import late_sites, watched_sites
+from attnctrl.controls.subjects.rows import Look, placing, with_looks
 from attnctrl.references import Subject
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Site
-
-
-@dataclass
-class State:
-    rows: References
-    owners: Owners
-    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -51,16 +45,15 @@ class MagicFace(Control):
     def idle(self) -> bool:
         return self.window.empty or self.from_layer == 1 or all(s.strength == 0 for s in self.subjects)
 
-    def begin(self, sampling: Sampling) -> State:
-        rows = References.of(sampling, self.subjects, self.name)
-        owners = Owners.begin(sampling, self.subjects, rows.scenes, self.name, powers=(0.25, 0.75), others=self.others)
-        names = frozenset(site.name for site in late_sites(sampling, self.where, self.from_layer))
-        return State(rows, owners, names)
+    def begin(self, sampling: Sampling) -> Looking:
+        return Looking.begin(
+            sampling, self.subjects, self.where, self.from_layer, self.name, powers=(0.25, 0.75), others=self.others
+        )
 
     def sites(self, sampling: Sampling) -> list[Site]:
         return watched_sites(sampling, self.subjects, late_sites(sampling, self.where, self.from_layer))
 
-    def inputs(self, call: Call, state: State) -> Call:
+    def inputs(self, call: Call, state: Looking) -> Call:
         state.owners.watch(call)
         if call.site.name not in state.names or call.queries.grid is None:
             return call

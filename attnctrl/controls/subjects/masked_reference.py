@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from attnctrl.control import Control, Where, param
-from attnctrl.controls.subjects.owners import Owners, late_sites, watched_sites
-from attnctrl.controls.subjects.rows import Look, References, with_looks
+from attnctrl.controls.subjects.looking import Looking
+from attnctrl.controls.subjects.owners import late_sites, watched_sites
+from attnctrl.controls.subjects.rows import Look, with_looks
 from attnctrl.references import Subject
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Site
@@ -20,13 +21,6 @@ def blended(mask: torch.Tensor, outside: float) -> torch.Tensor:
     """The gate M^ = M + outside (1 - M) of a bool mask M: float of the same shape, 1 inside."""
     inside = mask.float()
     return inside + outside * (1 - inside)
-
-
-@dataclass
-class State:
-    rows: References
-    owners: Owners
-    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -56,16 +50,13 @@ class MaskedReference(Control):
     def idle(self) -> bool:
         return self.window.empty or self.from_layer == 1 or all(s.strength == 0 for s in self.subjects)
 
-    def begin(self, sampling: Sampling) -> State:
-        rows = References.of(sampling, self.subjects, self.name)
-        owners = Owners.begin(sampling, self.subjects, rows.scenes, self.name)
-        names = frozenset(site.name for site in late_sites(sampling, self.where, self.from_layer))
-        return State(rows, owners, names)
+    def begin(self, sampling: Sampling) -> Looking:
+        return Looking.begin(sampling, self.subjects, self.where, self.from_layer, self.name)
 
     def sites(self, sampling: Sampling) -> list[Site]:
         return watched_sites(sampling, self.subjects, late_sites(sampling, self.where, self.from_layer))
 
-    def inputs(self, call: Call, state: State) -> Call:
+    def inputs(self, call: Call, state: Looking) -> Call:
         state.owners.watch(call)
         grid = call.queries.grid
         if call.site.name not in state.names or grid is None:

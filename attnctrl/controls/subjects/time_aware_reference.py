@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from attnctrl.control import Control, Where, param
-from attnctrl.controls.subjects.owners import Owners, late_sites, watched_sites
-from attnctrl.controls.subjects.rows import Look, References, with_looks
+from attnctrl.controls.subjects.looking import Looking
+from attnctrl.controls.subjects.owners import late_sites, watched_sites
+from attnctrl.controls.subjects.rows import Look, with_looks
 from attnctrl.references import Subject
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Site, Step
@@ -22,13 +23,6 @@ def parabola(step: Step, lowest: float, highest: float) -> float:
     """
     done = step.index / (step.total - 1) if step.total > 1 else 0.5
     return lowest + (highest - lowest) * 4 * done * (1 - done)
-
-
-@dataclass
-class State:
-    rows: References
-    owners: Owners
-    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -60,16 +54,13 @@ class TimeAwareReference(Control):
         nothing = self.from_layer == 1 or (self.lowest == 0 and self.highest == 0)
         return self.window.empty or nothing or all(s.strength == 0 for s in self.subjects)
 
-    def begin(self, sampling: Sampling) -> State:
-        rows = References.of(sampling, self.subjects, self.name)
-        owners = Owners.begin(sampling, self.subjects, rows.scenes, self.name)
-        names = frozenset(site.name for site in late_sites(sampling, self.where, self.from_layer))
-        return State(rows, owners, names)
+    def begin(self, sampling: Sampling) -> Looking:
+        return Looking.begin(sampling, self.subjects, self.where, self.from_layer, self.name)
 
     def sites(self, sampling: Sampling) -> list[Site]:
         return watched_sites(sampling, self.subjects, late_sites(sampling, self.where, self.from_layer))
 
-    def inputs(self, call: Call, state: State) -> Call:
+    def inputs(self, call: Call, state: Looking) -> Call:
         state.owners.watch(call)
         grid, weight = call.queries.grid, parabola(call.step, self.lowest, self.highest)
         if call.site.name not in state.names or grid is None or weight <= 0:
