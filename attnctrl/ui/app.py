@@ -34,6 +34,9 @@ def build_app(backend: Backend, at_once: int = 1, longest: int = 16) -> gr.Block
     """The page on one model. at_once: how many runs work at a time; longest: how many may wait."""
     desk = Desk(backend, at_once, longest)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as page:
+        # Runs have a line of their own, whose places are told; this queue only carries events. It builds the
+        # server's routes anew, as the end of this block does: here, while there are few.
+        page.queue(max_size=256, default_concurrency_limit=64, api_open=False)
         gr.Markdown(f"## attnctrl: attention control for diffusion models\nModel: `{backend.model}`")
         draw_api(desk)  # first: names of endpoints are given in the order of drawing
         with gr.Tab("Layout", id="layout"):
@@ -54,8 +57,6 @@ def build_app(backend: Backend, at_once: int = 1, longest: int = 16) -> gr.Block
             desk.stop(str(request.session_hash))
 
         page.unload(leave)
-    # Runs have a line of their own, whose places are told; this queue only carries events.
-    page.queue(max_size=256, default_concurrency_limit=64, api_open=False)
     return page
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
+import gradio
 import httpx
+import pytest
 from gradio_client import Client
 
 import attnctrl as ac
+from attnctrl.commands.ui import stubs_left_alone
 from attnctrl.ui.app import build_app, launch
 from attnctrl.ui.backend import Backend
 from tests.ui.parts import backend
@@ -28,6 +32,14 @@ def test_the_page_is_drawn_without_the_models_libraries() -> None:
     """They take as long to import as all the rest."""
     drawn = subprocess.run([sys.executable, "-c", DRAW], capture_output=True, text=True, check=True)
     assert drawn.stdout.split() == []
+
+
+def test_only_gradios_own_sources_are_hidden_from_it_and_only_while_it_is_imported() -> None:
+    with stubs_left_alone():
+        assert inspect.getfile(Backend).endswith("backend.py")
+        with pytest.raises(OSError, match="keeps the stub it has"):
+            inspect.getfile(gradio.Button)
+    assert inspect.getfile(gradio.Button).endswith("button.py")
 
 
 def test_the_page_is_served_before_its_model_is_there() -> None:
