@@ -116,8 +116,8 @@ def _seen(
 def _fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseBlocks, scale: float, planes: tuple[int, int]
 ) -> torch.Tensor:
-    """The output alone, by PyTorch's fused attention on the gathered keys: (planes * query blocks, size, head_dim)."""
-    output = torch.zeros_like(q)
+    """The output alone, by PyTorch's fused attention on the gathered keys: (planes * blocks, size, value width)."""
+    output = q.new_zeros(*q.shape[:2], v.shape[-1])
     for rows in gathered(mask, planes, q.shape[-1]):
         keys, values = (_take(tensor, rows.key) for tensor in (k, v))
         seen = blind = None
@@ -142,7 +142,7 @@ class _Gathered(torch.autograd.Function):
         scale: float,
         planes: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        output = torch.zeros_like(q)
+        output = q.new_zeros(*q.shape[:2], v.shape[-1])
         lse = q.new_full(q.shape[:2], float("-inf"))
         for rows in gathered(mask, planes, q.shape[-1]):
             scores = _scores(q[rows.query], _take(k, rows.key), rows.seen, scale)

@@ -55,6 +55,16 @@ def test_the_gathered_form_and_its_gradients_agree_with_the_reference(name: str)
     torch.testing.assert_close(output, reference.block_attention(*inputs, mask, SCALE)[0])
 
 
+def test_values_may_be_of_another_width() -> None:
+    mask = MASKS["random"]
+    query, key, _ = tensors(2, 2, mask.queries, mask.keys, 8)
+    inputs = [query, key, torch.randn(2, 2, mask.keys, 20, generator=torch.Generator().manual_seed(3))]
+    exact = results(reference.block_attention, inputs, mask)
+    for mine, other in zip(results(blocks_gather.block_attention, inputs, mask), exact, strict=True):
+        torch.testing.assert_close(mine, other)
+    torch.testing.assert_close(blocks_gather.block_attention(*inputs, mask, SCALE, with_lse=False)[0], exact[0])
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_are_taken_together_or_one_by_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks_gather, "GATHERED", rows * 3 * 16 * 8)
