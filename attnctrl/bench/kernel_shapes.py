@@ -38,6 +38,8 @@ class Shape:
 
 FLUX = (Shape("FLUX 1024^2", 64, 512, 6, 64, 24, 128), Shape("FLUX 2048^2", 128, 512, 6, 64, 24, 128))
 SMALL = Shape("small", 16, 32, 6, 8, 2, 64)
+LONG = Shape("4096 latents", 64, 32, 0, 0, 2, 64)
+"""Where sparse blocks pay on a CPU too."""
 
 
 def entity_prompts(shape: Shape) -> TokenGroups:

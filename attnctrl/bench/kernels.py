@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from attnctrl.bench.kernel_blocks import DENSITIES, block_cases, random_blocks
-from attnctrl.bench.kernel_shapes import FLUX, MASKS, SMALL, Shape, share_allowed, share_visited
+from attnctrl.bench.kernel_shapes import FLUX, LONG, MASKS, SMALL, Shape, share_allowed, share_visited
 from attnctrl.bench.results import Results, Row
 from attnctrl.bench.stats import Estimate, ratio_of_medians
 from attnctrl.bench.tables import markdown
@@ -156,11 +156,13 @@ def _events(once: Callable[[], None]) -> float:
 
 def measure(device: torch.device, repetitions: int, seed: int, results: Results) -> None:
     """Add a row for every shape, mask, direction and case; one that cannot run is a row with its reason."""
-    for shape in FLUX if device.type == "cuda" else (SMALL,):
+    shapes, more = (FLUX, ()) if device.type == "cuda" else ((SMALL,), (LONG,))
+    for shape in shapes:
         for name, make in MASKS.items():
             groups = make(shape).to(device)
             about = {"mask": name, "allowed": share_allowed(groups), "visited": share_visited(groups)}
             compare(shape, list(cases(shape, groups, device)), about, device, repetitions, seed, results)
+    for shape in (*shapes, *more):
         for density in DENSITIES:
             mask = random_blocks(shape, density, device)
             about = {"mask": f"blocks, {density}", "allowed": mask.density(), "visited": mask.density()}

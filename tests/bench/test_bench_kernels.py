@@ -50,6 +50,7 @@ def test_without_a_gpu_it_says_what_is_not_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "SMALL", TINY)
+    monkeypatch.setattr(kernels, "LONG", TINY)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     file = tmp_path / "kernels.json"
