@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from tqdm import tqdm
 
 from attnctrl.bench.draw import Settings, draw
 from attnctrl.bench.methods import IDEAL, NONE, Spec
-from attnctrl.bench.results import Results, Row
-from attnctrl.bench.stats import mean_interval
+from attnctrl.bench.results import CHANGE, Results, Row
+from attnctrl.bench.stats import bootstrap_mean, mean_interval
 from attnctrl.bench.tasks import Task, make_tasks
 from attnctrl.errors import ControlError
 from attnctrl.shapes.detect import detect
 from attnctrl.shapes.score import score_image
 
 SPLIT = ("present", "bound")
-"""Measures that are also given apart for prompts of trained pairs and for those with a pair never trained."""
+"""Measures that are also given apart for prompts of trained pairs and for those with a pair never trained, and as the
+change against the stock pipeline."""
 
 
 def judge(task: Task, picture: Any, boxes: bool) -> dict[str, float]:
@@ -50,7 +51,22 @@ def measure(pipe: Any, tasks: Sequence[Task], spec: Spec, settings: Settings, bo
     for kind, held_out in (("common", False), ("held_out", True)):
         chosen = [s for s, task in zip(scores, tasks, strict=True) if task.held_out == held_out]
         metrics |= {f"{name}_{kind}": mean_interval([s[name] for s in chosen]) for name in SPLIT if chosen}
-    return Row(spec.label, objects, len(tasks), metrics, seconds)
+    more = {"pictures": {name: " ".join(f"{s[name]:g}" for s in scores) for name in SPLIT}}
+    return Row(spec.label, objects, len(tasks), metrics, seconds, more=more)
+
+
+def paired(row: Row, stock: Row | None) -> Row:
+    """The row with the mean change of each measure of SPLIT, picture by picture, where the stock row is known.
+
+    Much narrower than the intervals of the two rows: what the prompts and the noise decide is in both.
+    """
+    if stock is None or stock.method == row.method or "pictures" not in row.more or "pictures" not in stock.more:
+        return row
+    changes = {}
+    for name in SPLIT:
+        own, others = (map(float, each.more["pictures"][name].split()) for each in (row, stock))
+        changes[name + CHANGE] = bootstrap_mean([a - b for a, b in zip(own, others, strict=True)])
+    return replace(row, metrics={**row.metrics, **changes})
 
 
 def compare(
@@ -72,4 +88,5 @@ def compare(
         draw(pipe, warm, Spec(NONE), Settings(**{**asdict(settings), "steps": 2}))
     with tqdm(total=images * len(missing), unit="img", smoothing=0.1) as bar:
         for n, spec in missing:
-            results.add(measure(pipe, tasks[n], spec, settings, boxes, bar))
+            row = measure(pipe, tasks[n], spec, settings, boxes, bar)
+            results.add(paired(row, results.find(NONE, n)))

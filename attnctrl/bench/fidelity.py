@@ -8,7 +8,7 @@ from __future__ import annotations
 from attnctrl.bench.methods import NONE
 from attnctrl.controls import REGISTRY
 
-TABLE = ("present", "bound", "bound_common", "bound_held_out", "extra", "neglected", "leaked")
+TABLE = ("present", "bound", "bound_change", "extra", "neglected", "leaked")
 BOXES = False
 IMAGES, QUICK_IMAGES = 200, 12
 OBJECTS = (2, 3, 4)

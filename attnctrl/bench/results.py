@@ -16,6 +16,9 @@ from attnctrl.bench.methods import NONE
 from attnctrl.bench.stats import Estimate
 from attnctrl.errors import ControlError
 
+CHANGE = "_change"
+"""Behind the name of a measure: its mean difference from the stock pipeline's, from the same prompt and noise."""
+
 
 @dataclass(frozen=True)
 class Row:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from attnctrl.bench.likeness import psnr, ssim
 from attnctrl.bench.methods import NONE
-from attnctrl.bench.results import Results, Row
+from attnctrl.bench.results import CHANGE, Results, Row
 from attnctrl.bench.sparse_ways import NAMES, make
 from attnctrl.bench.stats import bootstrap_mean, mean_interval
 from attnctrl.control import Control
@@ -32,8 +32,6 @@ from attnctrl.sites import Call
 
 COMPARED = ("kept", "colour_kept", "moving")
 """What the detector says of objects, colours and directions."""
-CHANGE = "_change"
-"""Behind the name of one of these: by how much it differs from that of the dense clip."""
 TABLE = ("visited", "recall", "psnr", "ssim", *COMPARED, "jitter")
 IMAGES, QUICK_IMAGES = 16, 1
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1)
