@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from attnctrl.control import Control, Where, Window
+from attnctrl.control import Control, Window
 from attnctrl.controls import (
     Draft,
     NeighborhoodTiles,
@@ -27,6 +28,8 @@ from attnctrl.sites import Grid
 BLOCK = 16
 WINDOW = Window(0.25, 1.0)
 """When all of them act: the papers' dense first steps are between 0.24 and 0.3."""
+LAYERS = replace(LATENTS, skip=1)
+"""Where all of them act: Radial's paper leaves the first layer dense."""
 NAMES = (
     "oracle-blocks",
     "draft",
@@ -67,12 +70,11 @@ def radial_settings(density: float, frames: int, tokens: int, block: int) -> dic
 
 
 def make(name: str, density: float, grid: Grid, pipe: Any, draw: Callable[[], Any]) -> Control:
-    """A method that visits about `density` of the blocks of the latents, everywhere where latents see latents.
+    """A method that visits about `density` of the blocks of the latents, in LAYERS.
 
     grid: of the latents. draw: calls `pipe` for PARO's calibration. Raises ControlError for unknown names.
     """
-    where: Where = LATENTS
-    common: dict[str, Any] = {"window": WINDOW, "where": where, "fall_back": False}
+    common: dict[str, Any] = {"window": WINDOW, "where": LAYERS, "fall_back": False}
     blocks = {**common, "block": BLOCK}
     frames, tokens = grid[0], grid[1] * grid[2]
     if name == "radial":
