@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from attnctrl.bench.layout import GUIDED_THEN_MASKED
+from attnctrl.bench.results import CHANGE
 from attnctrl.bench.results import Row as BenchRow
+from attnctrl.bench.sparse import COMPARED
 from attnctrl.training.compare import table as comparison
 from tests.families_page import table, written
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, README, RESULTS = DOCS / "measured.md", DOCS.parent / "README.md", DOCS / "results"
 TRAINING = DOCS / "training.md"
+SPARSE = DOCS / "sparse.md"
 LORA = "`eligen`, with its LoRA"
 NAMES = {GUIDED_THEN_MASKED: "layout-guidance, then region-mask *", "none": "none", "ideal": "ideal", LORA: LORA}
+SHOWN = (*COMPARED, "jitter")
 DECIDES = ("task", "model", "settings")
 
 Result = dict[str, Any]
@@ -87,6 +91,36 @@ def ratios(result: Result) -> dict[str, float]:
     return {method: sum(each) / len(each) for method, each in found.items()}
 
 
+def sparse(result: Result) -> str:
+    """One row per method and density, densest first, within a density by likeness to the dense clips.
+
+    The changes are those of the detector's shares against the dense clips of the same seeds, in percentage points.
+    """
+    dense, *rows = result["rows"]
+
+    def density(row: Row) -> float:
+        return float(row["method"].rpartition("@")[2])
+
+    def mean(row: Row, metric: str, form: str) -> str:
+        found = row["metrics"].get(metric)
+        return "-" if found is None else format(found["value"], form)
+
+    def change(row: Row, metric: str) -> str:
+        found = row["metrics"][metric + CHANGE]
+        return f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+
+    body = [["full attention", "1.00", "-", "-", "-", *(mean(dense, m, ".3f") for m in SHOWN)]]
+    for row in sorted(rows, key=lambda r: (-density(r), -r["metrics"]["psnr"]["value"])):
+        like = [
+            mean(row, "visited", ".2f"),
+            mean(row, "recall", ".2f"),
+            mean(row, "psnr", ".1f"),
+            mean(row, "ssim", ".3f"),
+        ]
+        body.append([f"`{row['method']}`", *like, *(change(row, m) for m in COMPARED), mean(row, "jitter", ".3f")])
+    return table(["method@asked", "visited", "recall", "PSNR, dB", "SSIM", "kept", "colour", "moving", "jitter"], body)
+
+
 def joint() -> Result:
     """The FLUX-class model's results, and its LoRA's as one more method."""
     base, lora = read("layout_dit"), read("layout_entities")
@@ -144,6 +178,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "alike": lambda: trained("training_alike"),
         "told": lambda: trained("training_told"),
     },
+    SPARSE: {"sparse": lambda: sparse(read("sparse"))},
     README: {
         "layout": lambda: short(read("layout"), ("present", "in_box", "iou"), ratios(read("layout_times"))),
         "joint": lambda: short(joint(), ("present", "in_box", "iou"), {}),
