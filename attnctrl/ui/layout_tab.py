@@ -84,7 +84,7 @@ def draw_layout(desk: Desk, task: str, arrival: Callable) -> None:
     def go(request: gr.Request, *values: Any) -> Iterator[dict]:
         yield from follow(desk, panel, str(request.session_hash), lambda: (read(values), ()))
 
-    def arrive(status: str, prompt: str, chosen: list[str]) -> list[Any]:
+    def arrive(status: str, chosen: list[str]) -> list[Any]:
         """What is known of the tab once the model is there."""
         if status != LOADING:
             return [gr.skip(), gr.skip(), gr.skip()]
@@ -92,9 +92,7 @@ def draw_layout(desk: Desk, task: str, arrival: Callable) -> None:
         if drawer is None:
             return [gr.skip(), gr.skip(), ready]
         height, width = drawer.size
-        # An example may be taken while the model loads.
-        words = scene(*drawer.words(prompt)) if prompt.strip() else {}
-        return [gr.HTML(shape=[width, height], **words), chooser.offered(chosen, drawer.kinds), ready]
+        return [gr.HTML(shape=[width, height]), chooser.offered(chosen, drawer.kinds), ready]
 
     def fill(asked: Request) -> list[Any]:
         """Updates of the inputs, of the forms that are shown, and of the canvas' words."""
@@ -123,13 +121,13 @@ def draw_layout(desk: Desk, task: str, arrival: Callable) -> None:
         return [*fill(asked)[:-1], f"Loaded.{other}"]
 
     arrival(
-        arrive, [panel.status, prompt, chooser.chosen], [canvas, chooser.chosen, panel.status], show_progress="hidden",
+        arrive, [panel.status, chooser.chosen], [canvas, chooser.chosen, panel.status], show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
     filled = [*inputs, *chooser.groups, panel.status]
     run.click(go, inputs, panel.outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     connect_stop(desk, stop)
-    connect_check(desk, task, prompt, canvas, problem)
+    connect_check(desk, task, prompt, canvas, problem, arrival)
     example.input(lambda name: fill(known[name]), example, filled, show_progress="hidden", api_visibility="private")
     loaded.upload(load, loaded, filled, show_progress="hidden", api_visibility="private")
 

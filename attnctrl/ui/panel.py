@@ -147,8 +147,12 @@ def usable(desk: Desk, task: str) -> tuple[Backend | None, str]:
         return None, plain(str(error))
 
 
-def connect_check(desk: Desk, task: str, prompt: Any, canvas: Any, problem: Any) -> None:
-    """Let the canvas have the words of the prompt, and `problem` say what is wrong with the regions."""
+def connect_check(desk: Desk, task: str, prompt: Any, canvas: Any, problem: Any, *arrivals: Any) -> None:
+    """Let the canvas have the words of the prompt, and `problem` say what is wrong with the regions.
+
+    arrivals: events that ask for it besides changes. All are one listener, which answers one after the other: of two
+    listeners the one that read the older prompt might answer last.
+    """
 
     def check(prompt: str, canvas: str) -> tuple[Any, str]:
         if not prompt.strip():
@@ -163,11 +167,10 @@ def connect_check(desk: Desk, task: str, prompt: Any, canvas: Any, problem: Any)
             return words, plain(str(error))
         return words, ""
 
-    for event in (prompt.change, canvas.change):
-        event(
-            check, [prompt, canvas], [canvas, problem], show_progress="hidden", trigger_mode="always_last", queue=False,
-            api_visibility="private",
-        )  # fmt: skip
+    gr.on(
+        [*arrivals, prompt.change, canvas.change], check, [prompt, canvas], [canvas, problem], show_progress="hidden",
+        trigger_mode="always_last", queue=False, api_visibility="private",
+    )  # fmt: skip
 
 
 def connect_stop(desk: Desk, button: Any) -> None:
