@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from attnctrl.errors import ControlError
-from attnctrl.ui.canvas import draw_canvas, scene
+from attnctrl.ui.canvas import draw_canvas
 from attnctrl.ui.chooser import draw_chooser
 from attnctrl.ui.desk import Desk
 from attnctrl.ui.examples import CLIPS, examples
@@ -95,16 +95,10 @@ def draw_layout(desk: Desk, task: str, arrival: Callable) -> None:
         return [gr.HTML(shape=[width, height]), chooser.offered(chosen, drawer.kinds), ready]
 
     def fill(asked: Request) -> list[Any]:
-        """Updates of the inputs, of the forms that are shown, and of the canvas' words."""
-        drawer, ready = usable(desk, task)
-        words = scene(*drawer.words(asked.prompt)) if drawer is not None else {}
-        values: list[Any] = [
-            asked.prompt,
-            gr.HTML(value=_places(asked), **words),
-            ", ".join(asked.phrases),
-        ]
+        """Updates of the inputs and of the forms that are shown; the canvas' words follow by the prompt's check."""
+        values: list[Any] = [asked.prompt, gr.HTML(value=_places(asked)), ", ".join(asked.phrases)]
         values += [asked.seed, asked.steps, asked.guidance, asked.height, asked.width, *chooser.values(asked.methods)]
-        return [*values, *chooser.shown([*asked.methods]), ready]
+        return [*values, *chooser.shown([*asked.methods]), usable(desk, task)[1]]
 
     def load(path: str) -> list[Any]:
         nothing = [gr.skip() for _ in range(len(inputs) + len(chooser.groups))]
