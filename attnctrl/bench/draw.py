@@ -62,10 +62,14 @@ def precision(device: torch.device, dtype: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """pictures: (height, width, 3) float in 0..1 each. seconds_per_image: median over the pipeline calls."""
+    """pictures: (height, width, 3) float in 0..1 each. seconds_per_image: median over the pipeline calls.
+
+    losses: one per picture, the mean over the steps in which the method descended a loss; empty where none did.
+    """
 
     pictures: list[np.ndarray]
     seconds_per_image: float
+    losses: list[float]
 
 
 def draw(
@@ -77,19 +81,22 @@ def draw(
     were drawn, after each call. Raises ControlError when the method cannot work.
     """
     pictures: list[np.ndarray] = []
+    losses: list[float] = []
     seconds: list[tuple[int, float]] = []
     for first in range(0, len(tasks), settings.batch):
         chosen = tasks[first : first + settings.batch]
         start = time.perf_counter()
         with ExitStack() as stack:
             stack.enter_context(precision(pipe.device, settings.dtype))
-            if spec.parts:
-                controls = spec.controls(given(chosen))
-                stack.enter_context(control(pipe, *controls, record=False))
+            controls = spec.controls(given(chosen)) if spec.parts else []
+            run = stack.enter_context(control(pipe, *controls, record=False)) if controls else None
             made = pipe(**{**settings.arguments(pipe, chosen), "output_type": "np"}).images
         seconds.append((len(chosen), time.perf_counter() - start))
         pictures.extend(made)
+        if run is not None:
+            each = [one.values for one in run.losses if one.iteration == 0]
+            losses.extend(statistics.fmean(of_one) for of_one in zip(*each, strict=True))
         tick(len(chosen))
     # A short last batch costs more per picture: it counts only where there is no other.
     whole = [s / n for n, s in seconds if n == settings.batch] or [s / n for n, s in seconds]
-    return Drawn(pictures, statistics.median(whole))
+    return Drawn(pictures, statistics.median(whole), losses)

@@ -87,6 +87,8 @@ def test_fidelity_gives_nouns_and_no_boxes(bench: Any) -> None:
     ]
     assert {"present", "bound", "extra", "neglected", "leaked"} <= set(found["rows"][1]["metrics"])
     assert {"bound_common", "bound_held_out"} <= set(found["rows"][1]["metrics"])  # the fifth has an untrained pair
+    assert "loss" in found["rows"][1]["metrics"]
+    assert "loss" not in found["rows"][0]["metrics"]
     assert "in_box" not in found["rows"][1]["metrics"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attnctrl.bench.compare import paired
+from attnctrl.bench.compare import by_success, paired
 from attnctrl.bench.results import Row
 
 
@@ -26,3 +26,11 @@ def test_there_is_none_without_a_stock_row_that_kept_its_pictures() -> None:
     assert paired(own, None) == own
     assert paired(stock, stock) == stock
     assert paired(own, Row("none", 4, 1)) == own
+
+
+def test_losses_by_success() -> None:
+    found = by_success([0.2, 0.4, 0.9], [True, True, False])
+    assert {name: estimate.value for name, estimate in found.items()} == pytest.approx(
+        {"loss": 0.5, "loss_bound": 0.3, "loss_unbound": 0.9}
+    )
+    assert set(by_success([0.2], [True])) == {"loss", "loss_bound"}
