@@ -33,6 +33,12 @@ def test_inside_a_concept_the_words_of_the_others_are_hidden() -> None:
     assert hidden_words(tokens, inside)[0].int().tolist() == [[0, 0, 0, 0, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
 
 
+def test_where_concepts_overlap_the_words_of_both_are_seen() -> None:
+    tokens = torch.eye(3, 4).bool()[None]
+    inside = torch.tensor([[[1, 1, 0], [0, 1, 0], [0, 0, 1]]]).bool()
+    assert hidden_words(tokens, inside)[0].int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 0], [1, 1, 0, 0]]
+
+
 def test_blocks_of_self_attention_become_the_regions() -> None:
     """Two halves that attend to themselves alone, a seed in each: the regions are the halves."""
     control = ac.SemanticProtection()

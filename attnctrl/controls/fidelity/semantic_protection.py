@@ -45,12 +45,12 @@ def protected(spread: torch.Tensor, valid: torch.Tensor, threshold: float) -> to
 
 
 def hidden_words(tokens: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """What a pixel does not see, bool (batch, latent tokens, text tokens): inside a concept the words of the others.
+    """What a pixel does not see, bool (batch, latent tokens, text tokens): inside concepts the words of all others.
 
     tokens: (batch, concepts, text tokens) bool; inside: (batch, concepts, latent tokens) bool.
     """
-    foreign = tokens.any(dim=1, keepdim=True) & ~tokens
-    return torch.einsum("bcq,bct->bqt", inside.float(), foreign.float()) > 0
+    own = torch.einsum("bcq,bct->bqt", inside.float(), tokens.float()) > 0
+    return inside.any(dim=1)[:, :, None] & tokens.any(dim=1)[:, None] & ~own
 
 
 @dataclass
@@ -72,8 +72,9 @@ class SemanticProtection(Control):
     them, beyond the mean of the others, is the concept's region. There the words of the other concepts are hidden in
     every layer that attends to text. Concepts are the prompt's nouns with their attributes, or `pairs`; one alone has
     nothing to be protected from. Departures: the official code draws two steps first, averages their maps and replays
-    their self-attention in a second run; this reads the maps of the first step and draws once. The negative prompt is
-    left alone. Families: those with separate text keys.
+    their self-attention in a second run; this reads the maps of the first step and draws once. Of three concepts and
+    more the regions may overlap: there the words of all of them are seen, where the code hides all. The negative prompt
+    is left alone. Families: those with separate text keys.
     """
 
     paper: ClassVar[str] = "arXiv 2409.01327"
