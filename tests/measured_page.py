@@ -1,4 +1,4 @@
-"""The tables of docs/measured.md, docs/training.md and README.md, made from the benches' own files in docs/results.
+"""The tables of measurements in docs/ and README.md, made from the benches' own files in docs/results.
 
 python -m tests.measured_page                        # print them
 python -m tests.measured_page --write                # put them into the pages
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnctrl.bench import fidelity, guidance, readout
 from attnctrl.bench.layout import GUIDED_THEN_MASKED
 from attnctrl.bench.results import CHANGE
 from attnctrl.bench.results import Row as BenchRow
@@ -26,6 +27,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGE, README, RESULTS = DOCS / "measured.md", DOCS.parent / "README.md", DOCS / "results"
 TRAINING = DOCS / "training.md"
 SPARSE = DOCS / "sparse.md"
+FIDELITY, READOUT = DOCS / "fidelity.md", DOCS / "readout.md"
 LORA = "`eligen`, with its LoRA"
 NAMES = {GUIDED_THEN_MASKED: "layout-guidance, then region-mask *", "none": "none", "ideal": "ideal", LORA: LORA}
 SHOWN = (*COMPARED, "jitter")
@@ -55,9 +57,21 @@ def merged(first: Result, others: Iterable[Result]) -> Result:
     return {**first, "rows": [{k: v for k, v in row.items() if k != "ratio_to_none"} for row in ordered]}
 
 
-def interval(row: Row, metric: str) -> str:
+def mean(row: Row, metric: str, form: str = ".3f") -> str:
     found = row["metrics"].get(metric)
-    return "-" if found is None else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    return "-" if found is None else format(found["value"], form)
+
+
+def interval(row: Row, metric: str, form: str = ".3f", scale: float = 1.0) -> str:
+    found = row["metrics"].get(metric)
+    if found is None:
+        return "-"
+    value, low, high = (format(scale * found[name], form) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def decibels(row: Row, metric: str) -> str:
+    return interval(row, metric, ".1f")
 
 
 def full(result: Result, metrics: Sequence[str]) -> str:
@@ -101,23 +115,18 @@ def sparse(result: Result) -> str:
     def density(row: Row) -> float:
         return float(row["method"].rpartition("@")[2])
 
-    def mean(row: Row, metric: str, form: str) -> str:
-        found = row["metrics"].get(metric)
-        return "-" if found is None else format(found["value"], form)
-
     def change(row: Row, metric: str) -> str:
-        found = row["metrics"][metric + CHANGE]
-        return f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+        return interval(row, metric + CHANGE, "+.1f", 100)
 
-    body = [["full attention", "1.00", "-", "-", "-", *(mean(dense, m, ".3f") for m in SHOWN)]]
+    body = [["full attention", "1.00", "-", "-", "-", *(mean(dense, m) for m in SHOWN)]]
     for row in sorted(rows, key=lambda r: (-density(r), -r["metrics"]["psnr"]["value"])):
         like = [
             mean(row, "visited", ".2f"),
             mean(row, "recall", ".2f"),
             mean(row, "psnr", ".1f"),
-            mean(row, "ssim", ".3f"),
+            mean(row, "ssim"),
         ]
-        body.append([f"`{row['method']}`", *like, *(change(row, m) for m in COMPARED), mean(row, "jitter", ".3f")])
+        body.append([f"`{row['method']}`", *like, *(change(row, m) for m in COMPARED), mean(row, "jitter")])
     return table(["method@asked", "visited", "recall", "PSNR, dB", "SSIM", "kept", "colour", "moving", "jitter"], body)
 
 
@@ -141,11 +150,6 @@ def edits(result: Result) -> str:
     return table(head, body)
 
 
-def decibels(row: Row, metric: str) -> str:
-    found = row["metrics"][metric]
-    return f"{found['value']:.1f} [{found['low']:.1f}, {found['high']:.1f}]"
-
-
 def inversions(result: Result) -> str:
     """Pictures drawn anew under their own prompt, in dB."""
     metrics = ("psnr", "round_trip", "to_round_trip")
@@ -162,6 +166,7 @@ def trained(name: str) -> str:
 
 
 LAYOUT = ("present", "in_box", "iou", "fitted_iou", "bound", "extra", "background")
+LOSSES = ("loss", "loss_bound", "loss_unbound")
 
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     PAGE: {
@@ -179,6 +184,14 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "told": lambda: trained("training_told"),
     },
     SPARSE: {"sparse": lambda: sparse(read("sparse"))},
+    FIDELITY: {
+        "fidelity": lambda: full(read("fidelity"), fidelity.TABLE),
+        "others": lambda: full(read("fidelity_others"), fidelity.TABLE),
+        "tuning": lambda: full(read("fidelity_tuning"), fidelity.TABLE),
+        "losses": lambda: full(read("fidelity_losses"), (*LOSSES, "bound")),
+        "guidance": lambda: full(read("guidance"), guidance.TABLE),
+    },
+    READOUT: {"readout": lambda: full(read("readout"), readout.TABLE)},
     README: {
         "layout": lambda: short(read("layout"), ("present", "in_box", "iou"), ratios(read("layout_times"))),
         "joint": lambda: short(joint(), ("present", "in_box", "iou"), {}),
