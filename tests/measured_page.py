@@ -120,12 +120,8 @@ def sparse(result: Result) -> str:
 
     body = [["full attention", "1.00", "-", "-", "-", *(mean(dense, m) for m in SHOWN)]]
     for row in sorted(rows, key=lambda r: (-density(r), -r["metrics"]["psnr"]["value"])):
-        like = [
-            mean(row, "visited", ".2f"),
-            mean(row, "recall", ".2f"),
-            mean(row, "psnr", ".1f"),
-            mean(row, "ssim"),
-        ]
+        forms = {"visited": ".2f", "recall": ".2f", "psnr": ".1f", "ssim": ".3f"}
+        like = [mean(row, metric, form) for metric, form in forms.items()]
         body.append([f"`{row['method']}`", *like, *(change(row, m) for m in COMPARED), mean(row, "jitter")])
     return table(["method@asked", "visited", "recall", "PSNR, dB", "SSIM", "kept", "colour", "moving", "jitter"], body)
 

@@ -88,7 +88,7 @@ def draw(
         start = time.perf_counter()
         with ExitStack() as stack:
             stack.enter_context(precision(pipe.device, settings.dtype))
-            controls = spec.controls(given(chosen)) if spec.parts else []
+            controls = spec.controls(given(chosen))
             run = stack.enter_context(control(pipe, *controls, record=False)) if controls else None
             made = pipe(**{**settings.arguments(pipe, chosen), "output_type": "np"}).images
         seconds.append((len(chosen), time.perf_counter() - start))
