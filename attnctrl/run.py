@@ -220,6 +220,8 @@ def _why_not(control: Control, sampling: Sampling) -> str:
         return "it implements no point that this pipeline calls."
     if not control.where.select(sampling.sites, sampling.latent_grid):
         return f"{control.where} selects none of the {len(sampling.sites)} attention sites."
+    if not control.sites(sampling):
+        return f"its parameters leave none of the {len(sampling.sites)} attention sites: lower what leaves layers out."
     if "loss" in control.points():
         return "its `descent` asked for nothing in the steps that ran."
     return "the run has no guidance branch of those it acts on (" + ", ".join(control.branches) + ")."

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import attnctrl as ac
 from tests import tiny
@@ -65,9 +66,11 @@ def test_a_window_outside_of_an_image_to_image_run_is_an_error() -> None:
     assert torch.equal(tiny.redraw(pipe, strength=0.5), expected)
 
 
+PLACED = ac.Subject("cat", Image.new("RGB", (32, 32)), region=(0, 0, 1, 1))
 NOWHERE: dict[str, tuple[ac.Control, str]] = {
     "no such block": (Mask(where=ac.Where(blocks=("side",))), r"Where\(.*side.*\) selects none of the 14"),
     "too fine": (Mask(where=ac.Where(max_tokens=3)), r"selects none of the 14 attention sites"),
+    "too late": (ac.MaskedReference([PLACED], from_layer=0.99), "leave none of the 14 attention sites"),
     "no such branch": (Mask(branches=("middle",)), r"no guidance branch .*middle"),
     "no steps": (Token(iterations=0), r"asked for nothing"),
 }
@@ -82,7 +85,7 @@ def test_a_control_that_acts_nowhere_says_why(case: str) -> None:
         pytest.raises(ac.ControlError, match=rf"{control.name} acted nowhere: .*{sentence}"),
         ac.control(pipe, control),
     ):
-        tiny.draw(pipe, steps=2)
+        tiny.draw(pipe, ["a cat and a dog", "cat"], steps=2)
     assert_restored(before, pipe)
 
 
