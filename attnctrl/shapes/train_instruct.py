@@ -28,9 +28,14 @@ CHANGES_SEED = 5
 
 @dataclass(frozen=True)
 class InstructRecipe(DenoiserRecipe):
-    """Settings of `train_instruct`. dropped: share of samples without text, without picture, and without both, each."""
+    """Settings of `train_instruct`. dropped: share of samples without text, without picture, and without both, each.
 
-    lr: float = 3e-4
+    snr_cap: so low that errors of the picture, not of its noise, count alike at most noise levels. What is to be copied
+    and what changes is decided at high ones, where an error of the whole picture hardly shows in the noise.
+    """
+
+    lr: float = 5e-4
+    snr_cap: float = 0.05
     dropped: float = 0.05
 
 
