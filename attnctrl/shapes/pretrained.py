@@ -40,11 +40,6 @@ def weights_path(name: str = "sd") -> Path:
     """
     folders = {p.parent.name: p.parent for p in sorted(_WEIGHTS.glob("*/model_index.json"))}
     folders |= {f"{p.parent.parent.name}+{p.parent.name}": p.parent for p in sorted(_WEIGHTS.glob(f"*/*/{LORA}"))}
-    if name == "instruct" and name not in folders:
-        raise ControlError(
-            "the shapes model 'instruct' is not in this installation: train it by `attnctrl train-shapes instruct "
-            "--out DIR` and load it by attnctrl.shapes.load('instruct', folder='DIR/pipeline')."
-        )
     if name not in folders:
         raise ControlError(f"unknown shapes model {name!r}; known: {', '.join(folders) or 'none'}.")
     return folders[name]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnctrl.errors import ControlError
-from attnctrl.shapes import detect, load, models, pretrained, render
+from attnctrl.shapes import detect, load, models, render
 from attnctrl.shapes.budget import Budget
 from attnctrl.shapes.instructions import KINDS, instruction_for, sample_change, shortened, training_instruction
 from attnctrl.shapes.tokenizer import encode_captions, load_tokenizer
@@ -163,11 +162,3 @@ def test_the_whole_command(tmp_path) -> None:
     pipe.set_progress_bar_config(disable=True)
     given = {"image": render([world_change(0).before]), "num_inference_steps": 2, "output_type": "np"}
     assert pipe("red circle to blue", **given).images.shape == (1, 128, 128, 3)
-
-
-def test_a_missing_model_says_how_to_make_it(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pretrained, "_WEIGHTS", tmp_path)
-    with pytest.raises(
-        ControlError, match=r"'instruct' is not in this installation: train it by `attnctrl train-shapes"
-    ):
-        load("instruct")

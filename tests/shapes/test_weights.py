@@ -148,3 +148,32 @@ def test_the_video_model_is_small():
     files = [p for p in weights_path("video").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 15e6
     assert not any("/train" in p.read_text() for p in files if p.suffix == ".json")
+
+
+def test_the_instruct_model_does_as_it_is_told():
+    from attnctrl.shapes import Scene, Thing, detect, instruction_for, render
+
+    pipeline = load("instruct")
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline).__name__ == "StableDiffusionInstructPix2PixPipeline"
+    picture = render(
+        [Scene((Thing("circle", "red", 0.3, 0.3, 0.17), Thing("square", "blue", 0.7, 0.7, 0.17)), "white")]
+    )
+    image = pipeline(
+        instruction_for([("red circle", "green circle")]),
+        image=picture,
+        num_inference_steps=16,
+        guidance_scale=5.0,
+        image_guidance_scale=1.5,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images[0]
+    found = detect(image)
+    assert {(thing.shape, thing.colour) for thing in found.objects} == {("circle", "green"), ("square", "blue")}
+    assert found.background == "white"
+
+
+def test_the_instruct_model_is_small():
+    files = [p for p in weights_path("instruct").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 9e6
+    assert {p.suffix for p in files} <= {".json", ".safetensors"}
