@@ -113,6 +113,7 @@ def _instruct(pipe: Any, task: EditTask, way: Way, settings: Settings) -> Image.
         task.picture,
         instruction_for(parts),
         method=way.spec.controls(given) or NONE,
+        mask=task.mask if way.masked else None,
         num_inference_steps=settings.steps,
         guidance=settings.guidance,
         seed=task.seed,

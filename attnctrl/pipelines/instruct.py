@@ -27,7 +27,7 @@ class _Found(Exception):
 
 @dataclass(frozen=True)
 class InstructResult:
-    """images: one, of the given picture's size and mode. run: its maps and report.
+    """images: `num_images_per_prompt`, of the given picture's size and mode. run: their maps and report.
 
     region: bool (height, width) of the latents, where a first pass found the place of the edit; else None.
     """
@@ -65,6 +65,8 @@ class InstructPipeline:
         guidance: float = 7.5,
         image_guidance: float = 1.5,
         find_guidance: float | None = None,
+        mask: Any = None,
+        feather: int = 4,
         num_inference_steps: int = 50,
         seed: int = 0,
         record: bool | Sequence[str] = True,
@@ -75,11 +77,14 @@ class InstructPipeline:
         image: as for `EditPipeline`. method: an editing method of the registry, a control, several of them, or "none".
         guidance, image_guidance: scales of text and picture. find_guidance: the scale of the text in a first pass from
         the same seed, in which `Lime` finds its region (in the paper 5.5, and 2 for `guidance`); None finds it in the
-        one pass. seed: of the noise. kwargs: arguments of the base pipeline, and parameters of the method.
-        Raises ControlError for unknown names, bad pictures, and for a first pass that no control has a use for.
+        one pass. mask: where the picture may change, of any kind that `Region` takes; outside it, beyond `feather`
+        pixels, are the given pixels, byte for byte. seed: of the noise. kwargs: arguments of the base pipeline, and
+        parameters of the method.
+        Raises ControlError for unknown names, bad pictures and masks, and for a first pass without any use.
         """
         canvas = Canvas.of(image, int(self.pipe.vae_scale_factor))
         check_area(self.pipe, *canvas.picture.size)
+        whole = None if mask is None else canvas.mask(mask)
         accepted = inspect.signature(type(self.pipe).__call__).parameters
         options = {name: value for name, value in kwargs.items() if name in accepted}
         overrides = {name: value for name, value in kwargs.items() if name not in accepted}
@@ -103,8 +108,8 @@ class InstructPipeline:
             controls[index] = replace(lime, region=region.float())
         with control(pipe, *controls, record=record) as run:
             generator = torch.Generator().manual_seed(seed)
-            drawn = pipe(**arguments, guidance_scale=guidance, generator=generator).images[0]
-        return InstructResult([canvas.finish(drawn, None, 0)], run, region)
+            drawn = pipe(**arguments, guidance_scale=guidance, generator=generator).images
+        return InstructResult([canvas.finish(one, whole, feather) for one in drawn], run, region)
 
 
 def _found(pipe: Any, lime: Lime, arguments: dict[str, Any], seed: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,27 @@ def test_lime_in_two_passes(edit: InstructPipeline) -> None:
     assert steps["mask"] == {0, 1, 2, 3}
     with pytest.raises(ac.ControlError, match="is for Lime without a region"):
         call(edit, find_guidance=5.0)
+
+
+def test_outside_a_mask_are_the_given_pixels(edit: InstructPipeline) -> None:
+    given, mask = picture(30, 32), np.zeros((32, 30), bool)
+    mask[8:20, 10:22] = True
+    free, held = (np.asarray(call(edit, mask=m, feather=0).images[0]) for m in (None, mask))
+    assert np.array_equal(held[mask], free[mask])
+    assert np.array_equal(held[~mask], np.asarray(given)[~mask])
+    assert not np.array_equal(held[mask], np.asarray(given)[mask])
+    soft = np.asarray(call(edit, mask=mask, feather=2).images[0])
+    far = np.ones_like(mask)
+    far[6:22, 8:24] = False
+    assert np.array_equal(soft[far], np.asarray(given)[far])
+    with pytest.raises(ac.ControlError, match="the mask is all zero"):
+        call(edit, mask=np.zeros((32, 30), bool))
+
+
+def test_several_pictures(edit: InstructPipeline) -> None:
+    images = call(edit, num_images_per_prompt=2).images
+    assert [one.size for one in images] == [(30, 32)] * 2
+    assert images[0].tobytes() != images[1].tobytes()
 
 
 def test_other_pipelines_are_refused() -> None:
