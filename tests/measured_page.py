@@ -123,7 +123,7 @@ def sparse(result: Result) -> str:
         forms = {"visited": ".2f", "recall": ".2f", "psnr": ".1f", "ssim": ".3f"}
         like = [mean(row, metric, form) for metric, form in forms.items()]
         body.append([f"`{row['method']}`", *like, *(change(row, m) for m in COMPARED), mean(row, "jitter")])
-    return table(["method@asked", "visited", "recall", "PSNR, dB", "SSIM", "kept", "colour", "moving", "jitter"], body)
+    return table(["method@asked", "visited", "recall", "PSNR, dB", "SSIM", "kept", "colour", "moving", "axis", "jitter"], body)
 
 
 def joint() -> Result:
@@ -172,6 +172,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "edit": lambda: edits(read("edit")),
         "two": lambda: edits(read("edit_two")),
         "edit-dit": lambda: edits(read("edit_dit")),
+        "edit-instruct": lambda: edits(read("edit_instruct")),
         "inversion": lambda: inversions(read("inversion")),
         "dose": lambda: full(read("dose"), ("present", "in_box", "iou", "bound", "background")),
     },

@@ -21,7 +21,7 @@ from .score_clip import ClipScore, score_clip
 from .world import scene_rng
 
 TEST_SEED = 50
-MEASURES = ("kept", "colour_kept", "moving", "jitter", "extra", "background")
+MEASURES = ("kept", "colour_kept", "moving", "axis", "jitter", "extra", "background")
 
 
 def probe_clip(index: int, count: int | None = None) -> Clip:

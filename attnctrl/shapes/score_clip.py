@@ -95,6 +95,13 @@ def motion(track: Track) -> str | None:
     return next(name for name, way in MOTIONS.items() if way == direction)
 
 
+def same_axis(one: str | None, other: str | None) -> bool:
+    """Whether two motions go along one axis, the same way or the opposite one, or are both "still"."""
+    if one is None or other is None:
+        return False
+    return [abs(step) for step in MOTIONS[one]] == [abs(step) for step in MOTIONS[other]]
+
+
 def jitter(track: Track) -> float | None:
     """Root mean square distance of the centres from the line, in fractions of the image side; None as for `line`.
 
@@ -112,6 +119,7 @@ class ClipScore:
         kept: mean over the asked objects of `kept`, 0 to 1.
         colour_kept: likewise of `colour_kept`.
         moving: share of the asked objects that move as asked; one that too few frames show does not.
+        axis: likewise, of those that go as asked or the opposite way.
         jitter: mean of `jitter` over the objects that have one, or None.
         extra: found objects a frame that belong to nothing asked.
         background: share of the frames with the asked background, or None when it was left open.
@@ -120,6 +128,7 @@ class ClipScore:
     kept: float
     colour_kept: float
     moving: float
+    axis: float
     jitter: float | None
     extra: float
     background: float | None
@@ -142,10 +151,12 @@ def score_clip(asked: Moving, detections: Sequence[Detection], background: str |
     shakes = [shake for track in tracks if (shake := jitter(track)) is not None]
     right = sum(sum(found is not None for found in track) for track in tracks)
     total = sum(len(detection.objects) for detection in detections)
+    motions = [(motion(track), way) for track, (_, _, way) in zip(tracks, asked, strict=True)]
     return ClipScore(
         kept=float(np.mean([kept(track, shape) for track, (shape, _, _) in zip(tracks, asked, strict=True)])),
         colour_kept=float(np.mean([colour_kept(track) for track in tracks])),
-        moving=float(np.mean([motion(track) == way for track, (_, _, way) in zip(tracks, asked, strict=True)])),
+        moving=float(np.mean([found == way for found, way in motions])),
+        axis=float(np.mean([same_axis(found, way) for found, way in motions])),
         jitter=float(np.mean(shakes)) if shakes else None,
         extra=(total - right) / len(detections),
         background=None if background is None else float(np.mean([d.background == background for d in detections])),

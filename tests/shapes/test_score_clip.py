@@ -71,7 +71,9 @@ def test_the_whole_score_of_a_clip():
     assert (score.moving, score.extra, score.background) == (1.0, pytest.approx(1 / 9), 1.0)
     assert score.jitter == pytest.approx(0, abs=1e-9)
     lost = score_clip([("circle", "red", "left"), ("cross", "green", "still")], frames(*rows))
-    assert (lost.moving, lost.kept, lost.background) == (0.0, pytest.approx(7 / 18), None)
+    assert (lost.moving, lost.axis, lost.kept, lost.background) == (0.0, 0.5, pytest.approx(7 / 18), None)
+    up = score_clip([("circle", "red", "up")], frames(*rows))
+    assert (up.moving, up.axis) == (0.0, 0.0)
     assert score_clip([("cross", "green", "still")], frames(*rows)).jitter is None
     with pytest.raises(ValueError, match="an asked object and two frames, got 0, 9"):
         score_clip([], frames(*rows))
