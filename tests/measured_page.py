@@ -123,7 +123,8 @@ def sparse(result: Result) -> str:
         forms = {"visited": ".2f", "recall": ".2f", "psnr": ".1f", "ssim": ".3f"}
         like = [mean(row, metric, form) for metric, form in forms.items()]
         body.append([f"`{row['method']}`", *like, *(change(row, m) for m in COMPARED), mean(row, "jitter")])
-    return table(["method@asked", "visited", "recall", "PSNR, dB", "SSIM", "kept", "colour", "moving", "axis", "jitter"], body)
+    shown = [name.removesuffix("_kept") for name in SHOWN]
+    return table(["method@asked", "visited", "recall", "PSNR, dB", "SSIM", *shown], body)
 
 
 def joint() -> Result:
