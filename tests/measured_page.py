@@ -26,7 +26,7 @@ from tests.families_page import table, written
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, README, RESULTS = DOCS / "measured.md", DOCS.parent / "README.md", DOCS / "results"
 TRAINING = DOCS / "training.md"
-SPARSE = DOCS / "sparse.md"
+SPARSE, SUBJECTS = DOCS / "sparse.md", DOCS / "subjects.md"
 FIDELITY, READOUT = DOCS / "fidelity.md", DOCS / "readout.md"
 LORA = "`eligen`, with its LoRA"
 NAMES = {GUIDED_THEN_MASKED: "layout-guidance, then region-mask *", "none": "none", "ideal": "ideal", LORA: LORA}
@@ -181,9 +181,13 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "alike": lambda: trained("training_alike"),
         "told": lambda: trained("training_told"),
     },
+    SUBJECTS: {
+        "subjects": lambda: full(read("subjects"), ("identity", "blend", "prompt", "whole", "diversity", "memory")),
+    },
     SPARSE: {"sparse": lambda: sparse(read("sparse"))},
     FIDELITY: {
         "fidelity": lambda: full(read("fidelity"), fidelity.TABLE),
+        "fewer": lambda: full(read("fidelity_fewer"), fidelity.TABLE),
         "others": lambda: full(read("fidelity_others"), fidelity.TABLE),
         "tuning": lambda: full(read("fidelity_tuning"), fidelity.TABLE),
         "losses": lambda: full(read("fidelity_losses"), (*LOSSES, "bound")),
