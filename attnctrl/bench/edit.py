@@ -35,6 +35,7 @@ METHODS = (
     "regenerate,img2img{strength=0.7|0.85},inpaint:mask,none@direct,none@edit-friendly,none@virtual,"
     "prompt-to-prompt@ddim,prompt-to-prompt@negative-prompt,prompt-to-prompt@direct,prompt-to-prompt@edit-friendly,"
     "prompt-to-prompt@virtual,mutual-self-attention@direct,mutual-self-attention@edit-friendly,plug-and-play@direct,"
+    "semantic-protection@direct,inpaint-fusion@direct:mask,"
     "prompt-to-prompt@direct:mask,prompt-to-prompt@edit-friendly:mask,prompt-to-prompt@virtual:mask,"
     "ale-edit@direct:mask,ale-edit@edit-friendly:mask,ale-edit@virtual:mask,design-edit@direct:mask"
 )
