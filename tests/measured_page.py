@@ -187,6 +187,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     SPARSE: {"sparse": lambda: sparse(read("sparse"))},
     FIDELITY: {
         "fidelity": lambda: full(read("fidelity"), fidelity.TABLE),
+        "more": lambda: full(read("fidelity_more"), fidelity.TABLE),
         "fewer": lambda: full(read("fidelity_fewer"), fidelity.TABLE),
         "others": lambda: full(read("fidelity_others"), fidelity.TABLE),
         "tuning": lambda: full(read("fidelity_tuning"), fidelity.TABLE),
