@@ -25,7 +25,7 @@ from attnctrl.sampling import Sampling
 from attnctrl.shapes import VIDEO_CALL
 from attnctrl.shapes.captions_video import clip_prompt
 from attnctrl.shapes.detect import detect
-from attnctrl.shapes.measure_clips import probe_clip
+from attnctrl.shapes.measure_clips import MEASURES, probe_clip
 from attnctrl.shapes.motion import Clip
 from attnctrl.shapes.score_clip import score_clip
 from attnctrl.sites import Call
@@ -86,7 +86,7 @@ def draw(pipe: Any, clip: Clip, index: int, steps: int, guidance: float) -> Draw
 def scores(clip: Clip, drawn: Drawn, dense: Drawn) -> dict[str, float]:
     """Every measure of one clip; `jitter` only where an object is seen often enough."""
     found = score_clip(clip.asked, [detect(frame) for frame in drawn.pictures], clip.background)
-    given = {name: getattr(found, name) for name in (*COMPARED, "jitter", "extra", "background")}
+    given = {name: getattr(found, name) for name in MEASURES}
     like = {"psnr": psnr(drawn.pictures, dense.pictures), "ssim": ssim(drawn.pictures, dense.pictures)}
     return {name: float(value) for name, value in {**like, **given}.items() if value is not None}
 

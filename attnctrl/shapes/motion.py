@@ -24,7 +24,7 @@ RADII, TRAVEL = (0.13, 0.20), (0.25, 0.45)
 STILL, TWO = 0.15, 0.5
 """How often a thing stands still, and how often a clip holds two things rather than one."""
 
-_BACK = {"left": "right", "right": "left", "up": "down", "down": "up", "still": "still"}
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up", "still": "still"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Clip:
 
     def backwards(self) -> Clip:
         """The clip whose frames are this one's from the last to the first."""
-        movers = tuple(Mover(m.at(1), _BACK[m.motion], m.travel) for m in self.movers)
+        movers = tuple(Mover(m.at(1), OPPOSITE[m.motion], m.travel) for m in self.movers)
         return replace(self, movers=movers)
 
 

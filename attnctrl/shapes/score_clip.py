@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .detect import Detection, Found
-from .motion import MOTIONS
+from .motion import MOTIONS, OPPOSITE
 
 Moving = Sequence[tuple[str, str, str]]
 """(shape, colour, motion) of every object asked for, in order."""
@@ -95,13 +95,6 @@ def motion(track: Track) -> str | None:
     return next(name for name, way in MOTIONS.items() if way == direction)
 
 
-def same_axis(one: str | None, other: str | None) -> bool:
-    """Whether two motions go along one axis, the same way or the opposite one, or are both "still"."""
-    if one is None or other is None:
-        return False
-    return [abs(step) for step in MOTIONS[one]] == [abs(step) for step in MOTIONS[other]]
-
-
 def jitter(track: Track) -> float | None:
     """Root mean square distance of the centres from the line, in fractions of the image side; None as for `line`.
 
@@ -156,7 +149,7 @@ def score_clip(asked: Moving, detections: Sequence[Detection], background: str |
         kept=float(np.mean([kept(track, shape) for track, (shape, _, _) in zip(tracks, asked, strict=True)])),
         colour_kept=float(np.mean([colour_kept(track) for track in tracks])),
         moving=float(np.mean([found == way for found, way in motions])),
-        axis=float(np.mean([same_axis(found, way) for found, way in motions])),
+        axis=float(np.mean([found in (way, OPPOSITE[way]) for found, way in motions])),
         jitter=float(np.mean(shakes)) if shakes else None,
         extra=(total - right) / len(detections),
         background=None if background is None else float(np.mean([d.background == background for d in detections])),

@@ -121,7 +121,7 @@ def test_another_objects_prompt_does_not_reach_a_track() -> None:
     assert torch.equal(clip([PROMPT], ac.ObjectMasks((), window=LAST)), clip([PROMPT]))
 
 
-def test_a_reference_clips_prompt_does_not_reach_the_latents() -> None:
+def test_a_reference_clip_is_seen_and_without_one_nothing_changes() -> None:
     layers = len(clips().transformer.blocks)
     where = ac.Where(kinds=("self",), skip=layers - 1)
     texts = [PROMPT, "a red circle moving left on a white background"]
