@@ -24,7 +24,7 @@ from attnctrl.errors import ControlError
 from attnctrl.pipelines.subjects import SubjectsPipeline, needs_rows
 from attnctrl.regions import Region
 from attnctrl.shapes.detect import detect
-from attnctrl.words import learn_words
+from attnctrl.words import words_for
 
 TABLE = ("identity", "blend", "prompt", "in_box", "whole", "diversity", "memory")
 IMAGES, QUICK_IMAGES = 20, 2
@@ -37,6 +37,7 @@ PLAIN = "unmasked"
 CONCATENATION = "consistent-self-attention{keep=1;early=1;late=1;window=0..1}"
 """What `unmasked` stands for: the keys of all references beside the picture's own, as they are."""
 LAYOUT = "region-mask"
+FLAGS = ("boxes", "found")
 METHODS = ",".join(
     (
         NONE,
@@ -53,6 +54,7 @@ METHODS = ",".join(
         f"{LAYOUT}+appearance-matching:boxes",
         f"{LAYOUT}+masked-adain:boxes",
         f"{LAYOUT}+delayed-subject{{delay=0}}:boxes",
+        f"{LAYOUT}+delayed-subject{{delay=0}}:boxes:found",
     )
 )
 """By default the decoder's self-attention of ConsistentSelfAttention and SharedAttention sees references alone: a
@@ -61,26 +63,30 @@ batch holds one picture."""
 
 @dataclass(frozen=True)
 class Way:
-    """One row: which methods, and whether each subject's region is given; methods of layout need it."""
+    """One row: which methods, whether each subject's region is given, as methods of layout need it, and how words are
+    come by, see `attnctrl.words`."""
 
     label: str
     spec: Spec
-    boxes: bool
+    boxes: bool = False
+    words: str = "learned"
 
 
 def parse_ways(text: str) -> list[Way]:
-    """The rows of a comma-separated list: methods as `bench layout` writes them, `unmasked`, each with :boxes or not.
+    """The rows of a comma-separated list: methods as `bench layout` writes them, `unmasked`, each with :boxes and
+    :found, for found words rather than learned ones, or not.
 
     Raises ControlError for names that are not known.
     """
     ways = []
     for item in split_list(text):
-        rest, colon, flag = item.rpartition(":")
-        boxes = bool(colon) and flag == "boxes"
-        named = rest if boxes else item
+        named, *flags = item.split(":")
+        if unknown := set(flags) - set(FLAGS):
+            raise ControlError(f"{item}: after a colon stands one of {', '.join(FLAGS)}, not {sorted(unknown)[0]!r}.")
+        words = "found" if "found" in flags else "learned"
         for spec in parse_methods(CONCATENATION if named == PLAIN else named):
-            label = PLAIN if named == PLAIN else spec.label
-            ways.append(Way(f"{label}:boxes" if boxes else label, spec, boxes))
+            label = ":".join((PLAIN if named == PLAIN else spec.label, *flags))
+            ways.append(Way(label, spec, "boxes" in flags, words))
     return ways
 
 
@@ -91,7 +97,7 @@ def draw_subjects(pipe: Any, task: SubjectTask, way: Way, settings: Settings) ->
     placed = [subject.placed for subject in subjects if subject.placed is not None]
     given: dict[str, Any] = {"subjects": subjects, "regions": [placed, *references]}
     if any(part.method.name == "delayed-subject" for part in way.spec.parts):
-        given["embeddings"] = learn_words(pipe, subjects, seed=task.seed)
+        given["embeddings"] = words_for(pipe, subjects, way.words, seed=task.seed)
     controls = way.spec.controls(given)
     if not needs_rows(controls):
         controls = way.spec.controls({**given, "regions": [placed]})

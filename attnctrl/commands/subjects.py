@@ -14,6 +14,7 @@ from attnctrl.errors import ControlError
 from attnctrl.pictures import sheet
 from attnctrl.pipelines.subjects import NOISES, SubjectsPipeline
 from attnctrl.references import Subject
+from attnctrl.words import WAYS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     names = ", ".join(m.name for m in REGISTRY.values() if m.task == "subjects")
     parser.add_argument("--method", default="magic-face", help=f"none, or of {names}; several with +, and of layout")
+    parser.add_argument("--words", default="learned", help=f"of methods that want words: {', '.join(WAYS)}")
     parser.add_argument("--noise", default="one", help=f"of the references: {', '.join(NOISES)}")
     parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", help="a parameter of the method")
     parser.add_argument("--model", default="shapes-sd", help="shapes-sd, shapes-dit, a folder or a hub id")
@@ -60,6 +62,7 @@ def main(args: argparse.Namespace) -> int:
         args.prompt,
         subjects,
         method=args.method.split("+"),
+        words=args.words,
         reference_noise=args.noise,
         num_inference_steps=args.steps,
         guidance=guidance_of(args),

@@ -21,7 +21,7 @@ from attnctrl.models import call_arguments, load_pipeline
 from attnctrl.pipelines.methods import Methods, make_controls
 from attnctrl.references import Subject
 from attnctrl.run import Run, control
-from attnctrl.words import learn_words
+from attnctrl.words import words_for
 
 ROWLESS = tuple(
     entry.control
@@ -29,7 +29,7 @@ ROWLESS = tuple(
     if entry.task in ("layout", "guidance") or not getattr(entry.control, "needs_rows", True)
 )
 """Methods that do not look at rows of references."""
-LEARNED = ("delayed-subject", "persona-hoi")
+WORDED = ("delayed-subject", "persona-hoi")
 """The methods that want an embedding for every subject."""
 NOISES = ("one", "fresh", "inversion")
 REFERENCE_SEED = 2**31
@@ -81,6 +81,8 @@ class SubjectsPipeline:
         subjects: Sequence[Subject],
         *,
         method: Methods = "magic-face",
+        words: str = "learned",
+        among: Sequence[str] | None = None,
         reference_noise: str = "one",
         noise_scale: float = 1.0,
         num_inference_steps: int = 50,
@@ -94,7 +96,8 @@ class SubjectsPipeline:
 
         method: a name from the registry, a control, several of them, names with the parameters of each, or "none".
         Methods for layout may be among them: they put the subjects that have a region there. "delayed-subject" and
-        "persona-hoi" by name learn a word for each subject first, see `attnctrl.words.learn_word`; the latter wants the
+        "persona-hoi" by name want a word for each subject first: words says whether it is "learned" or, without
+        gradients, "found" among the model's own or those of `among`, see `attnctrl.words`. The latter method wants the
         prompt twice and the subjects' regions. reference_noise: how references are noised along the run, "one" noise, a
         "fresh" one in every step, or by DDIM "inversion" (noise-predicting UNets); noise_scale: how much they have of
         it, see `DrawReferences`. A subject of strength 0 takes no part. seed: of the first picture's noise, counted up
@@ -111,10 +114,10 @@ class SubjectsPipeline:
         scenes = [one for one in given for _ in range(num_images_per_prompt)]
         placed = [subject.placed for subject in subjects if subject.placed is not None]
         named: list[Any] = [method] if isinstance(method, str | Control) else list(method)
-        learned = any(isinstance(one, str) and one in LEARNED for one in named)
+        worded = any(isinstance(one, str) and one in WORDED for one in named)
         about: dict[str, Any] = {
             "subjects": subjects,
-            "embeddings": learn_words(self.pipe, subjects, seed=seed) if learned else {},
+            "embeddings": words_for(self.pipe, subjects, words, among, seed) if worded else {},
         }
 
         def made(references: list[str]) -> list[Control]:

@@ -103,7 +103,7 @@ def test_a_persona_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for size in (1.0, 5.0):
         words = {subject.phrase: torch.linspace(-size, size, 16) for subject in two()}
-        monkeypatch.setattr(pipelines_subjects, "learn_words", lambda *args, words=words, **kwargs: words)
+        monkeypatch.setattr(pipelines_subjects, "words_for", lambda *args, words=words: words)
         result = SubjectsPipeline(tiny.sd())([PROMPT] * 2, two(), method="persona-hoi", **FEW)
         found[size] = [np.asarray(image) for image in result.images]
     assert (found[1.0][0] == found[5.0][0]).all()
@@ -190,9 +190,12 @@ def test_a_reference_is_moved_to_its_region() -> None:
 def test_the_rows_of_the_bench() -> None:
     ways = parse_ways(METHODS)
     assert ways[1].label == PLAIN
-    assert [way.boxes for way in ways if "region-mask" in way.label] == [True] * 7
+    assert [way.boxes for way in ways if "region-mask" in way.label] == [True] * 8
+    assert [way.words for way in ways if "delayed-subject" in way.label] == ["learned", "found"]
     with pytest.raises(ac.ControlError, match="is unknown"):
         parse_ways("magic")
+    with pytest.raises(ac.ControlError, match="after a colon stands one of boxes, found, not 'box'"):
+        parse_ways("magic-face:box")
 
 
 def test_how_far_pictures_are_apart() -> None:
@@ -242,4 +245,4 @@ def test_a_measured_row(tmp_path: Path) -> None:
     assert rows[0]["metrics"]["diversity"]["value"] > 0
     (task,) = make_subject_tasks(1, 1)
     (spec,) = parse_methods("none")
-    assert draw_subjects(pipe, task, Way("none", spec, False), settings).size == (32, 32)
+    assert draw_subjects(pipe, task, Way("none", spec), settings).size == (32, 32)

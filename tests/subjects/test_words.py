@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import attnctrl as ac
+from attnctrl import shapes
+from attnctrl.bench.subject_tasks import make_subject_tasks
 from attnctrl.pipelines import SubjectsPipeline
-from attnctrl.words import learn_word, learn_words
+from attnctrl.shapes.world import COLOURS
+from attnctrl.words import find_word, learn_word, words_for
 from tests import tiny
 from tests.subjects.material import PROMPT, middle, picture
 
@@ -35,7 +38,7 @@ def test_a_word_is_learned_and_the_model_stays() -> None:
 
 def test_the_pipeline_learns_them() -> None:
     pipe = tiny.sd()
-    words = learn_words(pipe, [cat()], seed=4)
+    words = words_for(pipe, [cat()], seed=4)
     made = SubjectsPipeline(pipe)
     few = {"num_inference_steps": 2, "seed": 4, "record": False, "output_type": "latent"}
     named = made(PROMPT, [cat()], method="delayed-subject", delay=0.0, **few)
@@ -43,8 +46,44 @@ def test_the_pipeline_learns_them() -> None:
     assert torch.equal(named.images[0], given.images[0])
     stock = made(PROMPT, [cat()], method="none", **few)
     assert not torch.allclose(named.images[0], stock.images[0], atol=1e-4)
+    found = made(PROMPT, [cat()], method="delayed-subject", delay=0.0, words="found", among=["red"], **few)
+    assert not torch.allclose(found.images[0], named.images[0], atol=1e-4)
 
 
-def test_models_that_cannot_learn_say_so() -> None:
+def test_a_word_is_found_among_others_without_gradients() -> None:
+    pipe = tiny.sd()
+    with torch.inference_mode():
+        word, embedding = find_word(pipe, cat(), among=["dog"])
+    # One word and none: after "a red", the phrase's noun is read behind the word.
+    texts = {"dog": "a red dog cat", "": "a red cat"}
+    text, _ = pipe.encode_prompt(texts[word], "cpu", 1, False)
+    assert torch.equal(embedding, text[0, 4 if word else 3])
+    assert find_word(pipe, cat(), among=[])[0] == ""
+    again = find_word(pipe, cat(), among=["dog", "dog"])
+    assert again[0] == word
+    assert torch.equal(again[1], embedding)
+
+
+def test_the_shipped_model_finds_the_colours() -> None:
+    pipe = shapes.load("sd")
+    (task,) = make_subject_tasks(2, 1, "tune")
+    found = [find_word(pipe, subject, among=list(COLOURS))[0] for subject in task.subjects(False)]
+    assert found == [colour for _, colour in task.layout.asked]
+
+
+def test_a_vocabulary_too_large_wants_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.sd()
+    monkeypatch.setattr("attnctrl.words.MOST_WORDS", 3)
+    with pytest.raises(ac.ControlError, match=r"up to 3 are tried: give among"):
+        find_word(pipe, cat())
+
+
+def test_what_cannot_be_says_so() -> None:
     with pytest.raises(ac.ControlError, match="StableDiffusionXLPipeline cannot be learned"):
         learn_word(tiny.sdxl(), cat())
+    with pytest.raises(ac.ControlError, match="StableDiffusionXLPipeline cannot be found"):
+        find_word(tiny.sdxl(), cat())
+    with pytest.raises(ac.ControlError, match='words are "guessed": choose one of learned, found'):
+        words_for(tiny.sd(), [cat()], "guessed")
+    with pytest.raises(ac.ControlError, match='use words="found"'):
+        words_for(tiny.sd(), [cat()], among=["red"])
