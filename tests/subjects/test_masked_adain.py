@@ -14,7 +14,7 @@ from tests import tiny
 from tests.joint_models import on_joint_models
 from tests.methods import sampling
 from tests.parts import Tiny
-from tests.subjects.material import LEFT, PROMPT, draw, middle, picture, two
+from tests.subjects.material import LEFT, PROMPT, draw, latents, middle, picture, two
 from tests.transformers import draw as draw_joint
 
 
@@ -71,6 +71,14 @@ def test_asked_for_nothing_it_is_the_stock_run() -> None:
     pipe, nobody = tiny.sd(), two(strength=0.0)
     assert torch.equal(draw(pipe, nobody, MaskedAdaIN(nobody)), draw(pipe, nobody))
     assert MaskedAdaIN(two(), share=0.0).idle
+
+
+def test_a_picture_with_its_references_prompt_is_no_reference() -> None:
+    pipe = tiny.sd()
+    cat = (ac.Subject("cat", picture(1), middle(), LEFT, prompt=PROMPT),)
+    with ac.control(pipe, MaskedAdaIN(cat), record=False):
+        alone = tiny.draw(pipe, [PROMPT], latents=latents(2)[:1])
+    torch.testing.assert_close(alone[0], draw(pipe, cat, MaskedAdaIN(cat))[0], atol=1e-5, rtol=1e-5)
 
 
 def test_it_goes_with_other_methods() -> None:

@@ -47,7 +47,8 @@ class References:
             if not isinstance(subject, Subject):
                 raise ControlError(f"{who}: {subject!r} is not a subject: give Subject(phrase, image).")
         count = sum(len(subject.references) for subject in subjects)
-        if not needed and (sampling.prompts or [])[-count:] != reference_prompts(subjects):
+        last = (sampling.prompts or [])[-count:] if sampling.prompt_count > count else None
+        if not needed and last != reference_prompts(subjects):
             count = 0
         elif sampling.prompt_count <= count:
             raise ControlError(
