@@ -31,6 +31,7 @@ from attnctrl.bench.results import Results, environment, fingerprint
 from attnctrl.bench.tables import results_table
 from attnctrl.commands.settings import parse_settings
 from attnctrl.errors import ControlError
+from attnctrl.kernels.blocks_axis import BLOCK_SIZES
 from attnctrl.models import load_pipeline
 
 COMPARISONS: dict[str, ModuleType] = {"layout": layout, "fidelity": fidelity, "dose": dose}
@@ -73,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--param", default=dose.PARAM, help="dose: the parameter (default %(default)s)")
     parser.add_argument("--densities", metavar="1,0.3", help="sparse: shares of the pairs (default 1,0.5,0.3,0.2,0.1)")
+    parser.add_argument(
+        "--block", type=int, default=sparse.BLOCK, choices=BLOCK_SIZES, help="sparse: tokens (default %(default)s)"
+    )
     parser.add_argument("--values", default=dose.VALUES, help="dose: its values (default %(default)s)")
 
 
@@ -157,10 +161,10 @@ def _sparse(args: argparse.Namespace) -> Results:
     names = (args.methods or sparse.DEFAULT_METHODS).split(",")
     settings = _settings(args, steps=24, batch=1)
     pipe = _load(args)
-    results = _results(args, settings, images=clips, weights=fingerprint(pipe))
+    results = _results(args, settings, images=clips, block=args.block, weights=fingerprint(pipe))
     if args.resume:
         results.resume()
-    sparse.measure(pipe, names, densities, clips, settings.steps, settings.guidance, results)
+    sparse.measure(pipe, names, densities, clips, settings.steps, settings.guidance, args.block, results)
     print(results_table(results, sparse.TABLE))
     return results
 

@@ -98,6 +98,7 @@ def measure(
     clips: int,
     steps: int,
     guidance: float,
+    block: int,
     results: Results,
 ) -> None:
     """Add the dense row and one for each method and density that `results` does not hold yet."""
@@ -115,7 +116,7 @@ def measure(
                 label = f"{name}@{density:g}"
                 bar.set_description(label)
                 if results.find(label, 0) is None:
-                    results.add(_measured(pipe, name, label, density, tasks, dense, steps, guidance))
+                    results.add(_measured(pipe, name, label, density, tasks, dense, steps, guidance, block))
                 bar.update(clips)
 
 
@@ -128,12 +129,15 @@ def _measured(
     dense: Sequence[Drawn],
     steps: int,
     guidance: float,
+    block: int,
 ) -> Row:
     grid = latent_grid(pipe)
     try:
         # The calibration sees prompts that are not measured.
         others = len(tasks), len(tasks) + 1
-        made = make(name, density, grid, pipe, lambda: [draw(pipe, probe_clip(i), i, 8, guidance) for i in others])
+        made = make(
+            name, density, grid, pipe, lambda: [draw(pipe, probe_clip(i), i, 8, guidance) for i in others], block
+        )
         found, drawn, visited, recall = [], [], [], dict[str, list[float]]()
         for index, (clip, whole) in enumerate(zip(tasks, dense, strict=True)):
             with control(pipe, made, record=False) as run:

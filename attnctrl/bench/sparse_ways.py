@@ -25,7 +25,8 @@ from attnctrl.errors import ControlError
 from attnctrl.pipelines.paro import calibrate_paro
 from attnctrl.sites import Grid
 
-BLOCK = 16
+BLOCK = 4
+"""Tokens per block by default. A block of 128 is a 28th of a frame of 45x80 tokens, one of 4 a 16th of a frame of 8x8."""
 WINDOW = Window(0.25, 1.0)
 """When all of them act: the papers' dense first steps are between 0.24 and 0.3."""
 LAYERS = replace(LATENTS, skip=1)
@@ -45,6 +46,8 @@ NAMES = (
 
 RADIAL = (
     {"sink": 1, "whole": 1, "floor": 1.0},
+    {"sink": 0, "whole": 1, "floor": 1.0},
+    {"sink": 0, "whole": 0, "floor": 1.0},
     {"sink": 1, "whole": 0, "floor": 0.0},
     {"sink": 0, "whole": 0, "floor": 0.0},
     {"sink": 0, "whole": -1, "floor": 0.0},
@@ -69,18 +72,18 @@ def radial_settings(density: float, frames: int, tokens: int, block: int) -> dic
     return {"decay": low, **floors}
 
 
-def make(name: str, density: float, grid: Grid, pipe: Any, draw: Callable[[], Any]) -> Control:
+def make(name: str, density: float, grid: Grid, pipe: Any, draw: Callable[[], Any], block: int = BLOCK) -> Control:
     """A method that visits about `density` of the blocks of the latents, in LAYERS.
 
     grid: of the latents. draw: calls `pipe` for PARO's calibration. Raises ControlError for unknown names.
     """
     common: dict[str, Any] = {"window": WINDOW, "where": LAYERS, "fall_back": False}
-    blocks = {**common, "block": BLOCK}
+    blocks = {**common, "block": block}
     frames, tokens = grid[0], grid[1] * grid[2]
     if name == "radial":
-        return Radial(**radial_settings(density, frames, tokens, BLOCK), **blocks)
+        return Radial(**radial_settings(density, frames, tokens, block), **blocks)
     if name == "paro":
-        return Paro(calibrate_paro(pipe, draw, density, block=BLOCK), **common)
+        return Paro(calibrate_paro(pipe, draw, density, block=block), **common)
     if name == "vmoba":
         # Chunks of a ninth of a frame row, of the same places in all frames, and of both: as on the papers' grids.
         area = max(1, grid[1] // 4), max(1, grid[2] // 4)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from attnctrl.commands.settings import parse_settings
-from attnctrl.controls.sparse.common import SIZES
 from attnctrl.controls.sparse.plan import FULL
+from attnctrl.kernels.blocks_axis import BLOCK_SIZES
 from attnctrl.models import SHIPPED, call_arguments, load_pipeline
 from attnctrl.pipelines.plan_sparse import plan_sparse
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=8, help="of the short run")
     parser.add_argument("--phases", type=int, default=4, help="parts of the run that are planned apart")
-    parser.add_argument("--block", type=int, default=128, choices=SIZES, help="tokens per block")
+    parser.add_argument("--block", type=int, default=128, choices=BLOCK_SIZES, help="tokens per block")
     parser.add_argument(
         "--call", nargs="+", default=[], metavar="NAME=VALUE", help="the call's size: height=720 width=1280 ..."
     )

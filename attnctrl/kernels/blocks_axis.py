@@ -8,8 +8,10 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-BLOCK_SIZES = (16, 32, 64, 128)
-"""Tokens per block. 64 and 128 are what GPUs are fast at; 16 is for small models."""
+BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+"""Tokens per block. 64 and 128 are what GPUs are fast at; those below are for small models."""
+SMALLEST_TILE = 16
+"""Of the kernels; attention in smaller blocks is computed under a dense mask."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from attnctrl.kernels.blocks import SparseBlocks
+from attnctrl.kernels.blocks_axis import SMALLEST_TILE
 from attnctrl.kernels.blocks_reference import check
 from attnctrl.kernels.dispatch import attention_with_lse, autocast, triton_runs
 
@@ -21,6 +22,8 @@ FORMS = {
     "int8": "blocks_int8",
 }
 """The modules of the forms, imported when they are asked for: not every machine has what they need."""
+TILED = ("triton", "flex", "int8")
+"""The forms that have a smallest block, SMALLEST_TILE."""
 MASKED, FULL = "masked", "full"
 """Forms that skip nothing: attention with the mask as a boolean of queries x keys, and attention to every key."""
 
@@ -71,6 +74,11 @@ def block_attention(
     query, key, value = autocast(query, key, value)
     check(query, key, value, mask, scale)
     form = form or choose(query, mask, allow_full)
+    if form in TILED and _smaller_side(mask) < SMALLEST_TILE:
+        raise ValueError(
+            f'The form "{form}" takes blocks of {SMALLEST_TILE} tokens or more, these have {_smaller_side(mask)}: use '
+            '"masked" or "gather".'
+        )
     attend: Any = {FULL: _full, MASKED: _masked}.get(form) or _module(form).block_attention
     with torch.autocast(query.device.type, enabled=False):  # each form knows in what precision it computes
         output, lse = attend(query, key, value, mask, scale, with_lse)
@@ -88,23 +96,29 @@ def _module(form: str) -> Any:
 def choose(query: torch.Tensor, mask: SparseBlocks, allow_full: bool) -> str:
     """The form for a query under a mask: "triton", "gather", "masked" or "full"."""
     pays = not why_full(query, mask)
-    if triton_runs(query, query):  # one head_dim for all three
+    # One head_dim for all three.
+    if triton_runs(query, query) and _smaller_side(mask) >= SMALLEST_TILE:
         return "triton" if pays or not allow_full else FULL
     return "gather" if pays else FULL if allow_full else MASKED
 
 
 def why_full(query: torch.Tensor, mask: SparseBlocks) -> str:
     """Why skipping what the mask skips saves no time on this device; empty where it does."""
-    density = mask.known_density()
+    density, size = mask.known_density(), _smaller_side(mask)
+    if size < SMALLEST_TILE:
+        return f"blocks of fewer than {SMALLEST_TILE} tokens"
     if triton_runs(query, query):
         if mask.keys < FULL_BELOW:
             return f"fewer than {FULL_BELOW} keys"
         return f"a density above {FULL_ABOVE:g}" if density is not None and density > FULL_ABOVE else ""
     if mask.key_axis.blocks < FEW_BLOCKS:
         return f"fewer than {FEW_BLOCKS} blocks of keys"
-    size = min(mask.query_axis.size, mask.key_axis.size)
     limit = 1 / GATHER_COST[size]
     return f"a density of {limit:.2f} or more in blocks of {size}" if density is not None and density >= limit else ""
+
+
+def _smaller_side(mask: SparseBlocks) -> int:
+    return min(mask.query_axis.size, mask.key_axis.size)
 
 
 def _full(

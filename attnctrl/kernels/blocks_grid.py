@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from attnctrl.kernels.blocks import SparseBlocks
-from attnctrl.kernels.blocks_axis import BLOCK_SIZES, BlockAxis
+from attnctrl.kernels.blocks_axis import BLOCK_SIZES, SMALLEST_TILE, BlockAxis
 
 Sizes = tuple[int, ...]
 """One number per axis of a grid, the slowest first: (frames, height, width), or (height, width)."""
@@ -19,7 +19,7 @@ def tile_order(grid: Sizes, tile: Sizes, size: int | None = None) -> tuple[torch
 
     The order is int64 (tokens,): place i takes token order[i] of the grid, which counts with the last axis fastest, as
     do tiles and the tokens inside one. Tiles at the end of an axis may be smaller; each tile is one block, of the
-    smallest size that holds it, or with `size` as many blocks of that size as it needs. tile (1, 8, 16) gives
+    smallest size from 16 on that holds it, or with `size` as many blocks of that size as it needs. tile (1, 8, 16) gives
     DraftAttention's blocks, (frames, h, w) and (t, h, w) VMoBA's 2D and 3D chunks, (6, 8, 8) with size 128 the tiles of
     Sliding Tile Attention.
 
@@ -27,7 +27,7 @@ def tile_order(grid: Sizes, tile: Sizes, size: int | None = None) -> tuple[torch
         ValueError: other numbers of axes, sizes below 1, or, without `size`, tiles of more tokens than a block holds.
     """
     _check(grid, tile=tile)
-    size = size or next((block for block in BLOCK_SIZES if block >= prod(tile)), None)
+    size = size or next((block for block in BLOCK_SIZES if block >= max(prod(tile), SMALLEST_TILE)), None)
     if size is None:
         raise ValueError(f"Tiles of {tile} are {prod(tile)} tokens: a block holds at most {BLOCK_SIZES[-1]}.")
     number = _product([torch.arange(n) // t for n, t in zip(grid, tile, strict=True)], _counts(grid, tile))

@@ -10,6 +10,7 @@ from attnctrl.controls.sparse.common import LATENTS
 from attnctrl.controls.sparse.paro_calibration import ParoCalibration, Readings
 from attnctrl.controls.sparse.paro_plan import ParoPlan
 from attnctrl.errors import ControlError
+from attnctrl.kernels.blocks_axis import BLOCK_SIZES
 from attnctrl.run import control
 
 
@@ -32,10 +33,10 @@ def calibrate_paro(
     Raises:
         ControlError: a density, block or number of phases that cannot be, or a `draw` that does not call the pipeline.
     """
-    if not 0 < density <= 1 or phases < 1 or block not in (16, 32, 64, 128):
+    if not 0 < density <= 1 or phases < 1 or block not in BLOCK_SIZES:
         raise ControlError(
             f"calibrate_paro(density={density}, phases={phases}, block={block}): give a density above 0 and at most 1, "
-            "one phase or more, and a block of 16, 32, 64 or 128 tokens."
+            f"one phase or more, and a block of {', '.join(map(str, BLOCK_SIZES))} tokens."
         )
     reading = ParoCalibration(block=block, phases=phases, alpha=alpha, where=where)
     orders = _read(pipe, draw, reading).orders()

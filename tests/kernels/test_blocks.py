@@ -44,7 +44,7 @@ def test_joining_undoes_cutting(segments: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("segments", "size", "sentence"),
-    [((), 16, "at least one"), ((3, 0), 16, "one token or more"), ((3,), 48, "choose one of 16, 32, 64, 128")],
+    [((), 16, "at least one"), ((3, 0), 16, "one token or more"), ((3,), 48, "choose one of 4, 8, 16, 32, 64, 128")],
 )
 def test_axes_that_make_no_blocks_are_refused(segments: tuple, size: int, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):

@@ -51,7 +51,13 @@ def test_full_attention_hides_what_is_hidden_and_nothing_else(with_lse: bool) ->
 
 @pytest.mark.parametrize(
     ("size", "density", "blocks", "form"),
-    [(128, 0.2, 32, "gather"), (128, 0.9, 32, "masked"), (16, 0.2, 32, "masked"), (128, 0.1, 7, "masked")],
+    [
+        (128, 0.2, 32, "gather"),
+        (128, 0.9, 32, "masked"),
+        (16, 0.2, 32, "masked"),
+        (128, 0.1, 7, "masked"),
+        (4, 0.1, 64, "masked"),
+    ],
 )
 def test_blocks_that_are_dense_or_few_or_small_are_not_skipped(
     size: int, density: float, blocks: int, form: str
@@ -76,6 +82,21 @@ def test_on_a_gpu_full_attention_runs_where_skipping_does_not_pay(
     mask = SparseBlocks(visited, axis, axis, share=share)
     assert blocks_dispatch.choose(torch.zeros(1), mask, True) == form
     assert blocks_dispatch.choose(torch.zeros(1), mask, False) == "triton"
+
+
+@pytest.mark.parametrize("form", [None, "gather", "masked"])
+def test_blocks_below_the_kernels_tiles(form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    axis = BlockAxis((7, 30), 4)
+    visited = torch.rand(1, 2, axis.blocks, axis.blocks, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask, inputs = SparseBlocks(visited, axis, axis), tensors(1, 2, 37, 37, 8)
+    result = block_attention(*inputs, mask, SCALE, form=form)
+    torch.testing.assert_close(result.output, reference.block_attention(*inputs, mask, SCALE)[0])
+    assert result.form == (form or "masked")
+    monkeypatch.setattr(blocks_dispatch, "triton_runs", lambda query, value: True)
+    assert blocks_dispatch.choose(inputs[0], mask, False) == "masked"
+    assert blocks_dispatch.choose(inputs[0], mask, True) == "full"
+    with pytest.raises(ValueError, match="takes blocks of 16 tokens or more, these have 4"):
+        block_attention(*inputs, mask, SCALE, form="triton")
 
 
 def test_under_autocast_the_widths_may_differ() -> None:

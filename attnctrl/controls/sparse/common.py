@@ -27,20 +27,20 @@ from attnctrl.kernels import (
     restricted,
     why_full,
 )
+from attnctrl.kernels.blocks_axis import BLOCK_SIZES
 from attnctrl.sampling import Sampling
 from attnctrl.sites import Call, Grid
 
 LATENTS = Where(kinds=("self", "joint"))
 """The sites where latents attend to latents."""
 BOTH = ("cond", "uncond")
-SIZES = (16, 32, 64, 128)
 
 Made = TypeVar("Made")
 
 
 def block_size(default: int) -> Any:
     """The field of a control for its block size."""
-    return param(default, "tokens per block; 64 or 128 is fast on a GPU, 16 is for small models", choices=SIZES)
+    return param(default, "tokens per block; 64 or 128 is fast on a GPU, less is for small models", choices=BLOCK_SIZES)
 
 
 def sink_frames(default: int) -> Any:

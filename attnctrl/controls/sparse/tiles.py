@@ -10,8 +10,8 @@ import torch
 from attnctrl.errors import ControlError
 from attnctrl.sites import Grid
 
-SHAPES = {16: (1, 4, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (2, 8, 8)}
-FLAT = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
+SHAPES = {4: (1, 2, 2), 8: (2, 2, 2), 16: (1, 4, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (2, 8, 8)}
+FLAT = {4: (1, 2, 2), 8: (1, 2, 4), 16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
 
 
 def tile_shape(grid: Grid, block: int) -> Grid:
