@@ -21,6 +21,7 @@ from attnctrl.bench import (
     overhead,
     readout,
     sparse,
+    sparse_ways,
     subjects,
 )
 from attnctrl.bench.compare import compare
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--param", default=dose.PARAM, help="dose: the parameter (default %(default)s)")
     parser.add_argument("--densities", metavar="1,0.3", help="sparse: shares of the pairs (default 1,0.5,0.3,0.2,0.1)")
     parser.add_argument(
-        "--block", type=int, default=sparse.BLOCK, choices=BLOCK_SIZES, help="sparse: tokens (default %(default)s)"
+        "--block", type=int, default=sparse_ways.BLOCK, choices=BLOCK_SIZES, help="sparse: tokens (default %(default)s)"
     )
     parser.add_argument("--values", default=dose.VALUES, help="dose: its values (default %(default)s)")
 

@@ -26,7 +26,7 @@ from attnctrl.pipelines.paro import calibrate_paro
 from attnctrl.sites import Grid
 
 BLOCK = 4
-"""Tokens per block by default. A block of 128 is a 28th of a frame of 45x80 tokens, one of 4 a 16th of a frame of 8x8."""
+"""Tokens per block by default: a 16th of a frame of 8x8. The papers' 128 are a 28th of a frame of 45x80."""
 WINDOW = Window(0.25, 1.0)
 """When all of them act: the papers' dense first steps are between 0.24 and 0.3."""
 LAYERS = replace(LATENTS, skip=1)

@@ -19,9 +19,9 @@ def tile_order(grid: Sizes, tile: Sizes, size: int | None = None) -> tuple[torch
 
     The order is int64 (tokens,): place i takes token order[i] of the grid, which counts with the last axis fastest, as
     do tiles and the tokens inside one. Tiles at the end of an axis may be smaller; each tile is one block, of the
-    smallest size from 16 on that holds it, or with `size` as many blocks of that size as it needs. tile (1, 8, 16) gives
-    DraftAttention's blocks, (frames, h, w) and (t, h, w) VMoBA's 2D and 3D chunks, (6, 8, 8) with size 128 the tiles of
-    Sliding Tile Attention.
+    smallest size from 16 on that holds it, or with `size` as many blocks of that size as it needs. tile (1, 8, 16)
+    gives DraftAttention's blocks, (frames, h, w) and (t, h, w) VMoBA's 2D and 3D chunks, (6, 8, 8) with size 128 the
+    tiles of Sliding Tile Attention.
 
     Raises:
         ValueError: other numbers of axes, sizes below 1, or, without `size`, tiles of more tokens than a block holds.
