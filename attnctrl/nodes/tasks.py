@@ -29,7 +29,9 @@ from attnctrl.nodes.pipeline import (
 )
 from attnctrl.nodes.places import Place
 from attnctrl.pipelines import EditPipeline, InstructPipeline, SubjectsPipeline
+from attnctrl.pipelines.subjects import NOISES
 from attnctrl.references import Subject
+from attnctrl.words import WAYS
 
 Tick = Callable[[int, int], None]
 
@@ -172,17 +174,18 @@ def draw_subjects(
     prompt: str,
     subjects: tuple[Subject, ...],
     reference_noise: str,
+    words: str,
     steps: int,
     guidance: float,
     seed: int,
     tick: Tick,
     methods: Chosen = (),
 ) -> tuple[torch.Tensor, str]:
-    """A picture with given subjects, and the report. "delayed-subject" learns a word for each first."""
+    """A picture with given subjects, and the report. "delayed-subject" has a word learned or found for each first."""
     named: Any = chosen(methods, ("subjects", "layout", "guidance"), "Draw subjects")
     result = SubjectsPipeline(pipeline)(
-        prompt, subjects, method=named or "none", reference_noise=reference_noise, num_inference_steps=steps,
-        guidance=guidance or None, seed=seed, **ticking(pipeline, tick),
+        prompt, subjects, method=named or "none", reference_noise=reference_noise, words=words,
+        num_inference_steps=steps, guidance=guidance or None, seed=seed, **ticking(pipeline, tick),
     )  # fmt: skip
     return as_image(result.images), str(result.run.report)
 
@@ -243,7 +246,8 @@ NODES = (
         "AttnCtrlDrawSubjects", "Draw subjects (attnctrl)", CATEGORY, "Draws given subjects in a picture.",
         (
             pipeline_port(), text("prompt", lines=True), Port("subjects", SUBJECTS),
-            Port("reference_noise", "COMBO", "how references are noised", "one", choices=("one", "fresh", "inversion")),
+            Port("reference_noise", "COMBO", "how references are noised", "one", choices=NOISES),
+            Port("words", "COMBO", "how methods that want words come by them", WAYS[0], choices=WAYS),
             *sampled(50), methods_port(),
         ),
         (IMAGES, REPORT), draw_subjects, ("tick",),

@@ -117,7 +117,7 @@ class SubjectsPipeline:
         worded = any(isinstance(one, str) and one in WORDED for one in named)
         about: dict[str, Any] = {
             "subjects": subjects,
-            "embeddings": words_for(self.pipe, subjects, words, among, seed) if worded else {},
+            "embeddings": words_for(self.pipe, subjects if worded else (), words, among, seed),
         }
 
         def made(references: list[str]) -> list[Control]:

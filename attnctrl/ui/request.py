@@ -69,7 +69,7 @@ class Request:
     task: a tab of `TASKS`. prompt: of an edit and of reading, what the given picture shows. methods: of each method, in
     order, what differs from its defaults. phrases: for methods without regions, and for maps. guidance: a scale under
     whatever name the model has for it, None for the model's default. target or edits, of (words, other words): of an
-    edit. moves: of an edit's regions. subjects, noise: see `attnctrl.pipelines.SubjectsPipeline`.
+    edit. moves: of an edit's regions. subjects, noise, words: see `attnctrl.pipelines.SubjectsPipeline`.
     """
 
     task: str = "layout"
@@ -89,6 +89,7 @@ class Request:
     feather: int = 4
     subjects: tuple[Sitter, ...] = ()
     noise: str = "one"
+    words: str = "learned"
 
     @classmethod
     def read(cls, given: Any) -> Request:
@@ -129,6 +130,7 @@ class Request:
             feather=checks.whole(given, "feather", 4, 0, 256),
             subjects=tuple(_sitter(s) for s in checks.listed(given.get("subjects", ()), "subjects", SUBJECTS)),
             noise=checks.text(given, "noise", 40) or "one",
+            words=checks.text(given, "words", 40) or "learned",
         )
 
     def data(self) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def subjects(backend: Backend, request: Request, watch: Watch, pictures: Picture
         request.prompt,
         sitters,
         method={name: arguments(name, given, {}, backend.files) for name, given in request.methods.items()},
+        words=request.words,
         reference_noise=request.noise,
         num_inference_steps=request.steps,
         guidance=request.guidance,

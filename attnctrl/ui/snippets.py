@@ -115,7 +115,8 @@ def _subjects(request: Request, model: str, files: Mapping[str, Path]) -> str:
         "    subjects,",
         f"    method={_methods(request, files)!r},",
     ]
-    lines += [f"    reference_noise={request.noise!r},", f"    num_inference_steps={request.steps},"]
+    lines += [f"    words={request.words!r},", f"    reference_noise={request.noise!r},"]
+    lines += [f"    num_inference_steps={request.steps},"]
     lines += [f"    guidance={request.guidance!r},", f"    seed={request.seed},", ")"]
     return "\n".join([*lines, 'result.images[0].save("picture.png")', ""])
 
@@ -177,7 +178,7 @@ def command(request: Request, model: str, files: Mapping[str, Path] | None = Non
         for number, phrase in enumerate(phrases):
             box = places.get(phrase.lower(), "")
             parts += ["--subject", f"{phrase}=picture{number}.png" + (f"@{box}" if box else "")]
-        parts += ["--noise", request.noise]
+        parts += ["--words", request.words, "--noise", request.noise]
     else:
         parts += ["--image", "given.png", "--source", request.prompt]
         parts += ["--target", request.target] if request.target else []

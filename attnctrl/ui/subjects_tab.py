@@ -18,6 +18,7 @@ from attnctrl.ui.files import FORMATS, open_pictures
 from attnctrl.ui.panel import connect_check, connect_stop, draw_buttons, draw_numbers, draw_panel, follow, usable
 from attnctrl.ui.request import Request, read_places
 from attnctrl.ui.result import Pictures
+from attnctrl.words import WAYS
 
 SLOTS = 3
 """Subjects for which there are fields."""
@@ -33,6 +34,7 @@ def draw_subjects(desk: Desk, page: gr.Blocks) -> None:
             canvas = draw_canvas("subjects-canvas", "drag to say where a subject belongs")
             problem = gr.Markdown("", elem_id="subjects-problem", elem_classes="problem")
             chooser = draw_chooser(backend, "subjects", ["magic-face"])
+            words = gr.Dropdown([*WAYS], value=WAYS[0], label="Words, where a method wants them")
             noise = gr.Dropdown([*NOISES], value="one", label="Noise of the references")
             seed, steps, guidance = draw_numbers("subjects", backend, 0, 25)
         with gr.Column(scale=5):
@@ -40,11 +42,11 @@ def draw_subjects(desk: Desk, page: gr.Blocks) -> None:
             panel = draw_panel("subjects", run, stop, "Stock", "With its subjects", "Heat maps, and the references")
 
     fields = [one for slot in slots for one in slot]
-    first = [prompt, canvas, noise, seed, steps, guidance, *fields]
+    first = [prompt, canvas, words, noise, seed, steps, guidance, *fields]
     inputs = [*first, *chooser.inputs]
 
     def read(values: tuple) -> tuple[Request, Pictures]:
-        prompt, canvas, noise, seed, steps, guidance, *rest = values
+        prompt, canvas, words, noise, seed, steps, guidance, *rest = values
         given = [rest[i : i + 3] for i in range(0, 3 * SLOTS, 3)]
         sitters, pictures = read_slots(given)
         request = Request.read(
@@ -54,6 +56,7 @@ def draw_subjects(desk: Desk, page: gr.Blocks) -> None:
                 "subjects": sitters,
                 "regions": [{k: v for k, v in vars(p).items() if v is not None} for p in read_places(canvas)],
                 "methods": chooser.methods(rest[3 * SLOTS :]),
+                "words": words,
                 "noise": noise,
                 "seed": seed,
                 "steps": steps,
@@ -72,8 +75,9 @@ def draw_subjects(desk: Desk, page: gr.Blocks) -> None:
         for one, picture in zip(asked.subjects, pictures, strict=True):
             slots += [[desk.outbox.put(picture, backend.model, asked.data())], one.phrase, one.strength]
         slots += [None, "", 1.0] * (SLOTS - len(pictures))
-        values = [asked.prompt, json.dumps(asked.data()["regions"]), asked.noise, asked.seed, asked.steps]
-        return [*values, asked.guidance, *slots, *chooser.values(asked.methods), *chooser.shown([*asked.methods])]
+        values = [asked.prompt, json.dumps(asked.data()["regions"]), asked.words, asked.noise, asked.seed]
+        methods = *chooser.values(asked.methods), *chooser.shown([*asked.methods])
+        return [*values, asked.steps, asked.guidance, *slots, *methods]
 
     def arrive(chosen: list[str]) -> list[Any]:
         drawer, ready = usable(desk, "subjects")

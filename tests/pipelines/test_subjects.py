@@ -114,6 +114,7 @@ def test_a_persona_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_input_is_a_sentence() -> None:
     for given, sentence in (
         ({"reference_noise": "some"}, "choose one of one, fresh, inversion"),
+        ({"words": "guessed"}, "choose one of learned, found"),
         ({"method": "draft"}, "belongs to the task sparse, not to subjects or layout"),
         ({"method": "magic-face", "base": 1}, "is no parameter of magic-face"),
         ({"noise_scale": 2.0}, "noise_scale is 2.0"),

@@ -36,6 +36,7 @@ SUBJECTS = Request(
     subjects=(Sitter("a cat", 2, 0.5), Sitter("a dog")),
     methods={"magic-face": {}, "region-mask": {}},
     noise="fresh",
+    words="found",
 )
 READ = Request(task="read", prompt="a cat", methods={"segment": {"threshold": 0.25}}, phrases=("cat",))
 

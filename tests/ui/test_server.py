@@ -112,6 +112,7 @@ def test_hostile_subjects_and_readings_are_refused_with_a_sentence(client: Clien
         ("/subjects", {**cat, "subjects": [{"phrase": "a cat", "image": "/etc/passwd"}]}, [good], "is none"),
         ("/subjects", {**cat, "subjects": [{"phrase": "a cat", "strength": 1e9}]}, [good], "strength is"),
         ("/subjects", {**cat, "noise": "/etc/passwd"}, [good], "reference_noise is"),
+        ("/subjects", {**cat, "words": "guessed"}, [good], "words are"),
         ("/subjects", cat, [], "the subjects have 1 pictures, and 0 are given"),
         ("/subjects", cat, [text], "is no picture that can be read"),
         ("/subjects", cat, [bomb(tmp_path / "bomb.png", 60_000)], "is no picture that can be read"),
