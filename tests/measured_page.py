@@ -183,8 +183,13 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     SUBJECTS: {
         "subjects": lambda: full(read("subjects"), ("identity", "blend", "prompt", "whole", "diversity", "memory")),
+        "counts": lambda: full(read("subjects_counts"), ("identity", "blend", "prompt", "whole")),
     },
-    SPARSE: {"sparse": lambda: sparse(read("sparse"))},
+    SPARSE: {
+        "sparse": lambda: sparse(read("sparse")),
+        "sixteen": lambda: sparse(read("sparse16")),
+        "densities": lambda: sparse(read("sparse_densities")),
+    },
     FIDELITY: {
         "fidelity": lambda: full(read("fidelity"), fidelity.TABLE),
         "more": lambda: full(read("fidelity_more"), fidelity.TABLE),
