@@ -68,13 +68,18 @@ def parse_methods(text: str) -> list[Spec]:
 
 def split_list(text: str) -> list[str]:
     """The items of a list with commas, of which those inside braces are not the list's."""
-    return [item for part in re.split(r",(?![^{]*\})", text) if (item := part.strip())]
+    return [item for part in split_outside(text, ",") if (item := part.strip())]
+
+
+def split_outside(text: str, mark: str) -> list[str]:
+    """The text cut at every `mark` that is not inside braces."""
+    return re.split(re.escape(mark) + r"(?![^{]*\})", text)
 
 
 def _expand(text: str) -> list[Spec]:
     if text in (NONE, IDEAL):
         return [Spec(text)]
-    pieces = re.split(r"\+(?![^{]*\})", text)
+    pieces = split_outside(text, "+")
     return [
         Spec("+".join(label for label, _ in chosen), tuple(part for _, part in chosen))
         for chosen in itertools.product(*(_alternatives(piece.strip()) for piece in pieces))

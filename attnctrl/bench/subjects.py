@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from attnctrl.bench.draw import Settings, precision
 from attnctrl.bench.memory import peak_bytes
-from attnctrl.bench.methods import NONE, Spec, parse_methods, split_list
+from attnctrl.bench.methods import NONE, Spec, parse_methods, split_list, split_outside
 from attnctrl.bench.results import Results, Row
 from attnctrl.bench.stats import Estimate, mean_interval
 from attnctrl.bench.subject_score import difference, score_subjects
@@ -80,7 +80,7 @@ def parse_ways(text: str) -> list[Way]:
     """
     ways = []
     for item in split_list(text):
-        named, *flags = item.split(":")
+        named, *flags = split_outside(item, ":")
         if unknown := set(flags) - set(FLAGS):
             raise ControlError(f"{item}: after a colon stands one of {', '.join(FLAGS)}, not {sorted(unknown)[0]!r}.")
         words = "found" if "found" in flags else "learned"
