@@ -17,6 +17,7 @@ from .budget import Budget, Stage
 from .captions import training_caption
 from .captions_video import clip_caption
 from .crew import SOLO, Crew
+from .directed import direct_heads
 from .ema import Average
 from .frames import encode_frames
 from .motion import FRAMES, Clip, sample_clip
@@ -164,6 +165,7 @@ def train_clips(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     transformer = models_video.transformer().to(device).train()
+    direct_heads(transformer)
     average = Average({"transformer": transformer}, recipe.ema)
     muon, adamw = optimisers(transformer, recipe.matrix_lr, recipe.lr)
     state: dict[str, Any] = {"transformer": transformer, "average": average, "muon": muon, "adamw": adamw}
