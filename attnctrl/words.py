@@ -67,7 +67,7 @@ def find_word(
     words = ["", *dict.fromkeys(_vocabulary(pipe.tokenizer) if among is None else among)]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        embeddings = torch.stack([_noun(pipe, subject, word) for word in words])
+        embeddings = _nouns(pipe, subject, words)
         sums = torch.zeros(len(words), device=embeddings.device)
         left = torch.arange(len(words), device=embeddings.device)
         while len(left) > 1:
@@ -80,20 +80,30 @@ def find_word(
     return words[best], embeddings[best]
 
 
+@dataclass(frozen=True)
+class Word:
+    """An embedding, (channels,), for the last token of a subject's phrase. found: the word before it that the embedding
+    stands for, "" for none; None where the embedding was learned."""
+
+    embedding: torch.Tensor
+    found: str | None = None
+
+
 def words_for(
     pipe: Any, subjects: Sequence[Subject], way: str = "learned", among: Sequence[str] | None = None, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """An embedding for the phrase of each subject, "learned" or "found": see `learn_word` and `find_word`.
+) -> dict[str, Word]:
+    """A word for the phrase of each subject, "learned" or "found": see `learn_word` and `find_word`.
 
     Raises ControlError for other ways, and for words to choose among where they are learned.
     """
     if way not in WAYS:
         raise ControlError(f'words are "{way}": choose one of {", ".join(WAYS)}.')
     if way == "found":
-        return {subject.phrase: find_word(pipe, subject, among=among, seed=seed)[1] for subject in subjects}
+        found = {subject.phrase: find_word(pipe, subject, among=among, seed=seed) for subject in subjects}
+        return {phrase: Word(embedding, word) for phrase, (word, embedding) in found.items()}
     if among is not None:
         raise ControlError('learned words are not chosen among others: with among=[...] use words="found".')
-    return {subject.phrase: learn_word(pipe, subject, seed=seed) for subject in subjects}
+    return {subject.phrase: Word(learn_word(pipe, subject, seed=seed)) for subject in subjects}
 
 
 @dataclass(frozen=True)
@@ -167,10 +177,18 @@ def _vocabulary(tokenizer: Any) -> list[str]:
     return whole
 
 
-def _noun(pipe: Any, subject: Subject, word: str) -> torch.Tensor:
-    """The embedding of the last token of a subject's phrase, (channels,), with a word before its last word."""
+def _nouns(pipe: Any, subject: Subject, words: Sequence[str]) -> torch.Tensor:
+    """The embeddings (words, channels) of the last token of a subject's phrase, with each word before its last word."""
     start, _, noun = subject.phrase.rpartition(" ")
-    phrase = " ".join(filter(None, (start, word, noun)))
-    text = re.sub(re.escape(subject.phrase), lambda _: phrase, subject.text, count=1, flags=re.IGNORECASE)
-    states, _ = pipe.encode_prompt(text, pipe.device, 1, False)
-    return states[0, Reader(pipe.tokenizer).read(text).find(phrase)[-1]]
+    at = re.search(re.escape(subject.phrase), subject.text, re.IGNORECASE)
+    if at is None:
+        raise ControlError(
+            f'"{subject.phrase}" is spelled otherwise in its prompt "{subject.text}": write it as there.'
+        )
+    phrases = [" ".join(filter(None, (start, word, noun))) for word in words]
+    texts = [subject.text[: at.start()] + phrase + subject.text[at.end() :] for phrase in phrases]
+    reader = Reader(pipe.tokenizer)
+    places = [reader.read(text).find(phrase)[-1] for text, phrase in zip(texts, phrases, strict=True)]
+    chunks = [texts[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
+    states = torch.cat([pipe.encode_prompt(chunk, pipe.device, 1, False)[0] for chunk in chunks])
+    return states[torch.arange(len(texts)), places]

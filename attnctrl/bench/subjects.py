@@ -21,7 +21,7 @@ from attnctrl.bench.subject_score import difference, score_subjects
 from attnctrl.bench.subject_tasks import SubjectTask, make_subject_tasks
 from attnctrl.controls.subjects.rows import reference_prompts
 from attnctrl.errors import ControlError
-from attnctrl.pipelines.subjects import SubjectsPipeline, needs_rows
+from attnctrl.pipelines.subjects import WORDED, SubjectsPipeline, needs_rows
 from attnctrl.regions import Region
 from attnctrl.shapes.detect import detect
 from attnctrl.words import words_for
@@ -96,8 +96,9 @@ def draw_subjects(pipe: Any, task: SubjectTask, way: Way, settings: Settings) ->
     references: list[list[Region]] = [[] for _ in reference_prompts(subjects)]
     placed = [subject.placed for subject in subjects if subject.placed is not None]
     given: dict[str, Any] = {"subjects": subjects, "regions": [placed, *references]}
-    if any(part.method.name == "delayed-subject" for part in way.spec.parts):
-        given["embeddings"] = words_for(pipe, subjects, way.words, seed=task.seed)
+    if any(part.method.name in WORDED for part in way.spec.parts):
+        words = words_for(pipe, subjects, way.words, seed=task.seed)
+        given["embeddings"] = {phrase: word.embedding for phrase, word in words.items()}
     controls = way.spec.controls(given)
     if not needs_rows(controls):
         controls = way.spec.controls({**given, "regions": [placed]})

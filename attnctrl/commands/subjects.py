@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(m.name for m in REGISTRY.values() if m.task == "subjects")
     parser.add_argument("--method", default="magic-face", help=f"none, or of {names}; several with +, and of layout")
     parser.add_argument("--words", default="learned", help=f"of methods that want words: {', '.join(WAYS)}")
+    parser.add_argument(
+        "--among", metavar="WORD,WORD", help="found words are chosen among these; default: all that the tokenizer knows"
+    )
     parser.add_argument("--noise", default="one", help=f"of the references: {', '.join(NOISES)}")
     parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", help="a parameter of the method")
     parser.add_argument("--model", default="shapes-sd", help="shapes-sd, shapes-dit, a folder or a hub id")
@@ -63,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
         subjects,
         method=args.method.split("+"),
         words=args.words,
+        among=[word.strip() for word in args.among.split(",")] if args.among else None,
         reference_noise=args.noise,
         num_inference_steps=args.steps,
         guidance=guidance_of(args),
@@ -73,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     drawn = result.images
     whole = drawn[0] if len(drawn) == 1 else sheet(list(zip(args.prompt, drawn, strict=True)), columns=len(drawn))
     whole.save(args.out)
-    print(f"wrote {args.out}\n{result.run.report}")
+    print(f"wrote {args.out}\n{result.report}")
     return 0
 
 

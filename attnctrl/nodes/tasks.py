@@ -187,7 +187,7 @@ def draw_subjects(
         prompt, subjects, method=named or "none", reference_noise=reference_noise, words=words,
         num_inference_steps=steps, guidance=guidance or None, seed=seed, **ticking(pipeline, tick),
     )  # fmt: skip
-    return as_image(result.images), str(result.run.report)
+    return as_image(result.images), result.report
 
 
 def _image(name: str = "image", about: str = "", optional: bool = False) -> Port:

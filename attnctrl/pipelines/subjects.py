@@ -44,11 +44,21 @@ def needs_rows(controls: Sequence[Control]) -> bool:
 @dataclass(frozen=True)
 class SubjectsResult:
     """images: the pictures, prompt by prompt. references: what the run made of each reference, none where no method
-    looks at them. run: see `Run`."""
+    looks at them. run: see `Run`. words: by the phrase of a subject the word that was found for it, "" for none."""
 
     images: list[Image.Image]
     references: list[Image.Image]
     run: Run
+    words: dict[str, str]
+
+    @property
+    def report(self) -> str:
+        """The run's report, and below it the words that were found."""
+        found = [
+            f'{phrase}: found "{word}"' if word else f"{phrase}: no word fits better than none"
+            for phrase, word in self.words.items()
+        ]
+        return "\n".join([str(self.run.report), *found])
 
 
 class SubjectsPipeline:
@@ -115,9 +125,10 @@ class SubjectsPipeline:
         placed = [subject.placed for subject in subjects if subject.placed is not None]
         named: list[Any] = [method] if isinstance(method, str | Control) else list(method)
         worded = any(isinstance(one, str) and one in WORDED for one in named)
+        spoken = words_for(self.pipe, subjects if worded else (), words, among, seed)
         about: dict[str, Any] = {
             "subjects": subjects,
-            "embeddings": words_for(self.pipe, subjects if worded else (), words, among, seed),
+            "embeddings": {phrase: word.embedding for phrase, word in spoken.items()},
         }
 
         def made(references: list[str]) -> list[Control]:
@@ -148,7 +159,8 @@ class SubjectsPipeline:
             arguments["latents"] = torch.cat([torch.stack(start).to(path), path[0]])
         with control(pipe, DrawReferences(subjects, **keep), *controls, record=record) as run:
             drawn = pipe(**call_arguments(pipe, prompts, guidance, arguments)).images
-        return SubjectsResult(list(drawn[: len(scenes)]), list(drawn[len(scenes) :]), run)
+        found = {phrase: word.found for phrase, word in spoken.items() if word.found is not None}
+        return SubjectsResult(list(drawn[: len(scenes)]), list(drawn[len(scenes) :]), run, found)
 
 
 def _trajectories(pipe: Any, subjects: Sequence[Subject], steps: int, options: dict[str, Any]) -> torch.Tensor:

@@ -127,7 +127,7 @@ def subjects(backend: Backend, request: Request, watch: Watch, pictures: Picture
     # Methods that look at no rows of references have none drawn.
     names = names[: len(result.references)]
     drawn = [(one, f"reference: {name}") for one, name in zip(result.references, names, strict=True)]
-    return Result(stock, controlled, [*_overlays(maps, controlled), *drawn], str(result.run.report), maps)
+    return Result(stock, controlled, [*_overlays(maps, controlled), *drawn], result.report, maps)
 
 
 def subjects_of(request: Request, pictures: Pictures) -> list[Subject]:

@@ -19,6 +19,7 @@ from attnctrl.bench.results import Results
 from attnctrl.bench.subject_score import difference, score_subjects
 from attnctrl.bench.subject_tasks import make_subject_tasks
 from attnctrl.bench.subjects import METHODS, PLAIN, TABLE, Way, draw_subjects, measure, parse_ways
+from attnctrl.cli import main
 from attnctrl.commands.subjects import parse_subjects
 from attnctrl.pipelines import SubjectsPipeline
 from attnctrl.pipelines import subjects as pipelines_subjects
@@ -26,6 +27,7 @@ from attnctrl.pipelines.subjects import NOISES
 from attnctrl.shapes.detect import detect
 from attnctrl.shapes.render import render
 from attnctrl.shapes.world import Scene, Thing
+from attnctrl.words import Word
 from tests import tiny
 from tests.subjects.material import LEFT, PROMPT, middle, picture, two
 
@@ -102,7 +104,7 @@ def test_a_persona_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """The words are learned for it; the prompt's first picture is the plain one, whatever they are."""
     found = {}
     for size in (1.0, 5.0):
-        words = {subject.phrase: torch.linspace(-size, size, 16) for subject in two()}
+        words = {subject.phrase: Word(torch.linspace(-size, size, 16)) for subject in two()}
         monkeypatch.setattr(pipelines_subjects, "words_for", lambda *args, words=words: words)
         result = SubjectsPipeline(tiny.sd())([PROMPT] * 2, two(), method="persona-hoi", **FEW)
         found[size] = [np.asarray(image) for image in result.images]
@@ -141,6 +143,19 @@ def test_subjects_of_the_command_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(ac.ControlError, match=sentence):
             parse_subjects(texts, masks)
+
+
+def test_the_command_says_which_word_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (task,) = make_subject_tasks(1, 1, "tune")
+    (subject,) = task.subjects(False)
+    reference = subject.references[0]
+    reference.picture.save(tmp_path / "it.png")
+    colour = task.layout.asked[0][1]
+    other = "green" if colour != "green" else "blue"
+    line = ["subjects", "--prompt", task.prompt, "--subject", f"{subject.phrase}={tmp_path / 'it.png'}"]
+    line += ["--method", "delayed-subject", "--words", "found", "--among", f"{other}, {colour}", "--steps", "2"]
+    assert main([*line, "--out", str(tmp_path / "out.png")]) == 0
+    assert f'{subject.phrase}: found "{colour}"' in capsys.readouterr().out
 
 
 def test_tasks_leave_the_colours_to_the_references() -> None:

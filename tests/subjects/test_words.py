@@ -38,7 +38,7 @@ def test_a_word_is_learned_and_the_model_stays() -> None:
 
 def test_the_pipeline_learns_them() -> None:
     pipe = tiny.sd()
-    words = words_for(pipe, [cat()], seed=4)
+    words = {phrase: word.embedding for phrase, word in words_for(pipe, [cat()], seed=4).items()}
     made = SubjectsPipeline(pipe)
     few = {"num_inference_steps": 2, "seed": 4, "record": False, "output_type": "latent"}
     named = made(PROMPT, [cat()], method="delayed-subject", delay=0.0, **few)
@@ -48,6 +48,10 @@ def test_the_pipeline_learns_them() -> None:
     assert not torch.allclose(named.images[0], stock.images[0], atol=1e-4)
     found = made(PROMPT, [cat()], method="delayed-subject", delay=0.0, words="found", among=["red"], **few)
     assert not torch.allclose(found.images[0], named.images[0], atol=1e-4)
+    assert named.words == stock.words == {}
+    assert found.words.keys() == {"cat"}
+    said = {"red": 'cat: found "red"', "": "cat: no word fits better than none"}
+    assert found.report == f"{found.run.report}\n{said[found.words['cat']]}"
 
 
 def test_a_word_is_found_among_others_without_gradients() -> None:
@@ -61,6 +65,9 @@ def test_a_word_is_found_among_others_without_gradients() -> None:
     assert find_word(pipe, cat(), among=[])[0] == ""
     again = find_word(pipe, cat(), among=["dog", "dog"])
     assert again[0] == word
+    many = words_for(pipe, [cat()], "found", among=[f"dog{i}" for i in range(40)])["cat"]
+    text, _ = pipe.encode_prompt(f"a red {many.found} cat".replace("  ", " "), "cpu", 1, False)
+    assert (text[0] == many.embedding).all(-1).any()
     assert torch.equal(again[1], embedding)
 
 
@@ -83,6 +90,9 @@ def test_what_cannot_be_says_so() -> None:
         learn_word(tiny.sdxl(), cat())
     with pytest.raises(ac.ControlError, match="StableDiffusionXLPipeline cannot be found"):
         find_word(tiny.sdxl(), cat())
+    spaced = ac.Subject("a  cat", [picture(1)], [middle()], prompt="a cat")
+    with pytest.raises(ac.ControlError, match='"a  cat" is spelled otherwise in its prompt "a cat"'):
+        find_word(tiny.sd(), spaced)
     with pytest.raises(ac.ControlError, match='words are "guessed": choose one of learned, found'):
         words_for(tiny.sd(), [cat()], "guessed")
     with pytest.raises(ac.ControlError, match='use words="found"'):
