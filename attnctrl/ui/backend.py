@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attnctrl.encoding import decode_latents
+from attnctrl.errors import ControlError
 from attnctrl.install import share
 from attnctrl.models import SHIPPED, call_arguments
 from attnctrl.processors import attention_kinds, family_of
@@ -43,10 +44,12 @@ class Backend:
         self._reading = threading.Lock()
 
     def open(self, load: Callable[[], Any]) -> Backend:
-        """Load the pipeline. Raises what `load` does, and ControlError for models without support; so does `pipe`."""
+        """Load the pipeline. Raises what `load` does, and ControlError for models without support and for those that
+        begin with a picture or a clip, for which a page has no field; so does `pipe`."""
         try:
             pipe = load()
             family_of(pipe)
+            _check_begins_with_words(pipe)
             pipe.set_progress_bar_config(disable=True)
             watch_denoisers(pipe)
         except BaseException as error:
@@ -175,6 +178,16 @@ class Backend:
 
         accepted = inspect.signature(type(pipe).__call__).parameters
         return {"callback_on_step_end": after_step} if "callback_on_step_end" in accepted else {}
+
+
+def _check_begins_with_words(pipe: Any) -> None:
+    """Raises ControlError for pipelines of clips whose call also takes a picture or a clip to begin with."""
+    given = inspect.signature(type(pipe).__call__).parameters.keys() & {"image", "video"}
+    if hasattr(pipe, "video_processor") and given:
+        raise ControlError(
+            f"{type(pipe).__name__} begins with a given {min(given)}, for which the page has no field: open a "
+            "text-to-video model, or use attnctrl.control(pipe, ...) in Python."
+        )
 
 
 def _usual(model: str) -> dict[str, Any]:

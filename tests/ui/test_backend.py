@@ -25,6 +25,7 @@ from attnctrl.ui.jobs import Progress, Stopped
 from attnctrl.ui.request import Request
 from attnctrl.ui.snippets import command, python
 from tests.ui.parts import LAYOUT, PROMPT, backend, drawn, same
+from tests.wan import wan_image
 
 REQUEST = Request.read(LAYOUT)
 GIVEN = {"num_inference_steps": 4}
@@ -264,6 +265,11 @@ def test_models_of_clips_are_refused_and_so_is_what_waited_for_them() -> None:
         one.open(Clips)
     with pytest.raises(ControlError, match="Clips with NoneType is not supported"):
         one.words("a cat")
+
+
+def test_models_that_begin_with_a_picture_are_refused() -> None:
+    with pytest.raises(ControlError, match="WanImageToVideoPipeline begins with a given image, for which the page"):
+        Backend("clips").open(wan_image)
 
 
 def test_what_asks_before_the_model_is_there_waits_for_it() -> None:
