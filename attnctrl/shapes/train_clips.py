@@ -38,17 +38,17 @@ class ClipRecipe(FlowRecipe):
 
     matrix_lr: of the blocks' matrices; lr: of all else. stills: the share of the budget, its first, that is spent on
     single frames: one costs a tenth of a clip, and shapes and colours are learned from either. still_batch: frames in
-    place of one clip there. shift: of the sigmas of clips towards noise, as the scheduler's.
+    place of one clip there. shift: of the sigmas of clips towards noise, where the ways of things are decided.
     """
 
     batch: int = 16
-    flat: float = 0.6
-    clips: int = 8_000
+    flat: float = 0.55
+    clips: int = 10_000
     lr: float = 1e-3
     matrix_lr: float = 2e-3
-    stills: float = 0.35
+    stills: float = 0.13
     still_batch: int = 4
-    shift: float = 3.0
+    shift: float = 4.0
 
 
 def world_clip(index: int) -> Clip:
