@@ -11,8 +11,7 @@ from attnctrl.shapes.motion import FRAMES
 SIDE = 2
 
 
-@pytest.fixture(scope="module")
-def transformer():
+def directed():
     torch.manual_seed(0)
     model = models_video.transformer(num_layers=2)
     direct_heads(model)
@@ -27,7 +26,7 @@ def run(transformer):
 
 
 @pytest.fixture(scope="module")
-def logits(transformer):
+def logits():
     """(layer, head, frame of the query, frame of the key), means over pictures and places."""
     seen = []
     stock = functional.scaled_dot_product_attention
@@ -39,7 +38,7 @@ def logits(transformer):
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(functional, "scaled_dot_product_attention", noted)
-        run(transformer)
+        run(directed())
     return torch.stack(seen).unflatten(-1, (FRAMES, -1)).unflatten(-3, (FRAMES, -1)).mean((1, 4, 6))
 
 
@@ -65,7 +64,8 @@ def test_other_heads_and_the_first_layer_are_left_alone(logits):
     assert odd[1, 2:].abs().max() < 0.5
 
 
-def test_training_leaves_the_directions_and_nothing_else(transformer):
+def test_training_leaves_the_directions_and_nothing_else():
+    transformer = directed()
     for block in transformer.blocks:
         torch.nn.init.normal_(block.scale_shift_table)
     torch.nn.init.normal_(transformer.proj_out.weight)

@@ -144,6 +144,23 @@ def test_the_video_model_is_a_stock_pipeline_that_follows_a_motion():
     assert score.moving == 1
 
 
+def test_the_video_model_knows_both_ways_of_both_axes():
+    from attnctrl.shapes import VIDEO_CALL, detect
+    from attnctrl.shapes.captions_video import clip_prompt
+    from attnctrl.shapes.motion import MOTIONS
+    from attnctrl.shapes.score_clip import score_clip
+
+    pipeline = load("video")
+    pipeline.set_progress_bar_config(disable=True)
+    asked = [[("square", "blue", motion)] for motion in MOTIONS]
+    given = {"num_inference_steps": 12, "guidance_scale": 3.5, "generator": torch.Generator().manual_seed(1)}
+    drawn = pipeline([clip_prompt(one, "white")[0] for one in asked], output_type="np", **given, **VIDEO_CALL).frames
+    scores = [
+        score_clip(one, [detect(frame) for frame in frames], "white") for one, frames in zip(asked, drawn, strict=True)
+    ]
+    assert [score.moving for score in scores] == [1] * 5
+
+
 def test_the_video_model_is_small():
     files = [p for p in weights_path("video").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 15e6
