@@ -46,13 +46,12 @@ NAMES = (
 
 RADIAL = (
     {"sink": 1, "whole": 1, "floor": 1.0},
-    {"sink": 0, "whole": 1, "floor": 1.0},
-    {"sink": 0, "whole": 0, "floor": 1.0},
+    {"sink": 1, "whole": 0, "floor": 1.0},
     {"sink": 1, "whole": 0, "floor": 0.0},
     {"sink": 0, "whole": 0, "floor": 0.0},
     {"sink": 0, "whole": -1, "floor": 0.0},
 )
-"""What `Radial` keeps whatever its decay, the paper's first; each visits less than the one before."""
+"""What `Radial` keeps whatever its decay, the paper's for Wan first; each visits less than the one before."""
 
 
 @cache
