@@ -187,7 +187,6 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     SPARSE: {
         "sparse": lambda: sparse(read("sparse")),
-        "sixteen": lambda: sparse(read("sparse16")),
         "densities": lambda: sparse(read("sparse_densities")),
     },
     FIDELITY: {
