@@ -66,7 +66,7 @@ class Backend:
     @property
     def clips(self) -> bool:
         """Whether the model draws clips, lists of frames, and not pictures."""
-        return hasattr(self.pipe, "video_processor")
+        return _draws_clips(self.pipe)
 
     @cached_property
     def family(self) -> Any:
@@ -180,10 +180,14 @@ class Backend:
         return {"callback_on_step_end": after_step} if "callback_on_step_end" in accepted else {}
 
 
+def _draws_clips(pipe: Any) -> bool:
+    return hasattr(pipe, "video_processor")
+
+
 def _check_begins_with_words(pipe: Any) -> None:
     """Raises ControlError for pipelines of clips whose call also takes a picture or a clip to begin with."""
     given = inspect.signature(type(pipe).__call__).parameters.keys() & {"image", "video"}
-    if hasattr(pipe, "video_processor") and given:
+    if _draws_clips(pipe) and given:
         raise ControlError(
             f"{type(pipe).__name__} begins with a given {min(given)}, for which the page has no field: open a "
             "text-to-video model, or use attnctrl.control(pipe, ...) in Python."
